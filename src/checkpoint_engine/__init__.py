@@ -1,0 +1,1 @@
+"""Transactional, verified weight updates for running LLM inference engines."""

@@ -1,0 +1,1 @@
+"""Pure functions on bytes: digests now; deltas belong here too."""
