@@ -62,7 +62,9 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
     found = getattr(torch, _TORCH_NAMES.get(dtype, ""), None)
     if found is None:
-        raise UsageError(f"torch {torch.__version__} has no dtype for {dtype}: it can be moved, not viewed")
+        raise UsageError(
+            f"torch {torch.__version__} has no dtype for {dtype}: it can be moved, not viewed"
+        )
     assert isinstance(found, torch.dtype)
     return found
 
@@ -80,6 +82,8 @@ def dtype_name(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """
     name = _NAMES_OF_TORCH.get(str(tensor.dtype))
     if name is None:
-        raise UsageError(f"{tensor.dtype} cannot be stored: the safetensors format has no name for it")
+        raise UsageError(
+            f"{tensor.dtype} cannot be stored: the safetensors format has no name for it"
+        )
     shape = tuple(tensor.shape)
     return name, (*shape[:-1], shape[-1] * 2) if name == "F4" else shape

@@ -5,7 +5,7 @@
     ├── SourceError (ValueError)        a checkpoint file or state dict is not what it claims
     ├── ManifestError (ValueError)      a manifest contradicts itself or asks for absurd sizes
     ├── StoreError                      host memory: budget, unknown or duplicate version
-    ├── HandoverError                   a socket, folder or descriptor on this host cannot be trusted
+    ├── HandoverError                   a socket, folder or descriptor here cannot be trusted
     ├── ProtocolError                   a peer sent what the protocol does not allow
     ├── PeerLost                        a peer closed its connection or died
     ├── DeadlineExceeded (TimeoutError) a wait reached its deadline
@@ -98,7 +98,7 @@ class UpdateRefused(CheckpointEngineError):
 
 
 class UpdateFailed(CheckpointEngineError):
-    """The transaction ended without publishing. `report` is its `checkpoint_engine.update.Report`."""
+    """The transaction ended without publishing; `report` is its `update.protocol.Report`."""
 
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import xxhash
@@ -33,10 +33,12 @@ from checkpoint_engine.errors import ManifestError, UsageError
 __all__ = [
     "ALIGNMENT_BYTES",
     "CHUNK_BYTES",
+    "Chunk",
     "Manifest",
     "TensorMeta",
     "Version",
     "align",
+    "cut_chunks",
     "decode_manifest",
     "num_chunks",
     "version_digest",
@@ -94,6 +96,20 @@ class TensorMeta(msgspec.Struct, frozen=True, kw_only=True):
         return xxhash.xxh3_128_digest(self.chunk_digests)
 
 
+class Chunk(msgspec.Struct, frozen=True):
+    """Up to 4 MiB of one tensor in the flat byte space, and the digest promised for it."""
+
+    offset: int
+    length: int
+    digest: bytes
+    tensor: str
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + self.length
+
+
 class Version(msgspec.Struct, frozen=True, kw_only=True):
     """What a version is called (`label`), what it is (`digest`), and what it was made from."""
 
@@ -131,6 +147,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         _validate(manifest)
         return manifest
 
+    def chunks(self) -> Iterator[Chunk]:
+        """Every chunk once, in the order of offsets; tied tensors share theirs."""
+        return cut_chunks(self.tensors)
+
     def to_json(self) -> bytes:
         """The manifest as JSON; digests are base64."""
         return msgspec.json.encode(self)
@@ -138,6 +158,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def to_msgpack(self) -> bytes:
         """The manifest as msgpack, for the wire."""
         return msgspec.msgpack.encode(self)
+
+
+def cut_chunks(tensors: Iterable[TensorMeta]) -> Iterator[Chunk]:
+    """The chunks of tensors that are sorted by offset, digested or not."""
+    end = 0
+    for tensor in tensors:
+        if tensor.length == 0 or tensor.offset < end:
+            continue
+        end = tensor.end
+        for number, start in enumerate(range(0, tensor.length, CHUNK_BYTES)):
+            place = number * DIGEST_BYTES
+            yield Chunk(
+                tensor.offset + start,
+                min(CHUNK_BYTES, tensor.length - start),
+                tensor.chunk_digests[place : place + DIGEST_BYTES],
+                tensor.name,
+            )
 
 
 def decode_manifest(data: bytes | bytearray | memoryview, *, msgpack: bool = False) -> Manifest:

@@ -1,0 +1,1 @@
+"""The one place that knows inference engines: how each pauses, takes weights and resumes."""

@@ -5,31 +5,22 @@ pipelining. Buckets are cut only where digest chunks begin, so that whoever rece
 check every chunk of it against the manifest without seeing the rest. A tensor larger than a
 bucket is split; many small tensors share one.
 
-    for bucket in plan_buckets(manifest, bucket_bytes=32 << 20):
+    for bucket in plan_buckets(manifest.chunks(), bucket_bytes=32 << 20):
         send(memory[bucket.offset : bucket.end])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import msgspec
 
 from checkpoint_engine.errors import UsageError
-from checkpoint_engine.manifest import CHUNK_BYTES, DIGEST_BYTES, Manifest
+from checkpoint_engine.manifest import CHUNK_BYTES, Chunk
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "Bucket", "Chunk", "plan_buckets", "plan_chunks"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "Bucket", "plan_buckets"]
 
 DEFAULT_BUCKET_BYTES = 32 << 20
-
-
-class Chunk(msgspec.Struct, frozen=True):
-    """Up to 4 MiB of one tensor, and the digest that the manifest promises (empty if none yet)."""
-
-    offset: int
-    length: int
-    digest: bytes
-    tensor: str
 
 
 class Bucket(msgspec.Struct, frozen=True):
@@ -49,28 +40,12 @@ class Bucket(msgspec.Struct, frozen=True):
         return self.offset + self.length
 
 
-def plan_chunks(manifest: Manifest) -> Iterator[Chunk]:
-    """Every chunk once, in the order of offsets; the bytes of tied tensors are one chunk."""
-    end = 0
-    for tensor in manifest.tensors:
-        if tensor.length == 0 or tensor.offset < end:
-            continue
-        end = tensor.end
-        for number, start in enumerate(range(0, tensor.length, CHUNK_BYTES)):
-            place = number * DIGEST_BYTES
-            yield Chunk(
-                tensor.offset + start,
-                min(CHUNK_BYTES, tensor.length - start),
-                tensor.chunk_digests[place : place + DIGEST_BYTES],
-                tensor.name,
-            )
-
-
 def plan_buckets(
-    manifest: Manifest, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    chunks: Iterable[Chunk], bucket_bytes: int = DEFAULT_BUCKET_BYTES
 ) -> tuple[Bucket, ...]:
-    """Cut the flat byte space into buckets of at most `bucket_bytes`; every byte of every tensor
-    is in exactly one.
+    """Group chunks, sorted by offset, into buckets of at most `bucket_bytes`.
+
+    Every byte of every tensor is in exactly one bucket.
 
     Raises:
         UsageError: `bucket_bytes` is smaller than one 4 MiB chunk.
@@ -82,12 +57,12 @@ def plan_buckets(
 
     def close() -> None:
         start, last = pending[0].offset, pending[-1]
-        length = last.offset + last.length - start
+        length = last.end - start
         buckets.append(Bucket(len(buckets), start, length, tuple(pending)))
         pending.clear()
 
-    for chunk in plan_chunks(manifest):
-        if pending and chunk.offset + chunk.length - pending[0].offset > bucket_bytes:
+    for chunk in chunks:
+        if pending and chunk.end - pending[0].offset > bucket_bytes:
             close()
         pending.append(chunk)
     if pending:

@@ -1,0 +1,1 @@
+"""The transaction: its messages, who decides, and both sides of it."""

@@ -1,0 +1,151 @@
+"""An engine known only by its loader: what `worker.update_weights_from_ipc` is given.
+
+The engine has paused by itself when it calls us, and resumes when we return. `run` takes the new
+weights, `post_hook` post-processes them. The live parameters cannot be seen from here, so bytes are
+verified where they are staged, and the way back is the version that this loader was given last:
+staged memory that is kept for it. Before a first update there is none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.adapters.base import Identity, Served
+from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.codec.digest import byte_workers
+from checkpoint_engine.errors import AdapterError
+from checkpoint_engine.manifest import Version
+
+__all__ = ["CallbackAdapter", "Kept", "Run"]
+
+Run = Callable[[list[tuple[str, torch.Tensor]]], object]
+
+GROUP_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is remembered of a loader from one update to the next."""
+
+    served: Staged | None = None
+    epoch: int = 0
+    undecided: str | None = None
+
+
+class CallbackAdapter:
+    """See the module's text; the methods are those of `adapters.base.Adapter`.
+
+    Args:
+        run: takes a list of (name, tensor) and loads it; called once or more for each update.
+        post_hook: called after the last `run`.
+        device: where the tensors are handed over; "cpu" hands over views of staged memory.
+        kept: what the adapter of this loader's last update remembered.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        post_hook: Callable[[], object] | None,
+        device: torch.device,
+        kept: Kept,
+    ) -> None:
+        self.identity = _identity()
+        self.epoch, self.undecided = kept.epoch, kept.undecided
+        self._run, self._post_hook, self._device = run, post_hook, device
+        self._served = kept.served
+        self._incoming: Staged | None = None
+
+    def keep(self) -> Kept:
+        """What the next update's adapter needs to know."""
+        return Kept(self._served, self.epoch, self.undecided)
+
+    def base(self) -> str | None:
+        """Digest of what this loader was given last."""
+        return self._served.manifest.digest if self._served else None
+
+    def prepare(self, staged: Staged, version: Version) -> str:
+        """Verify the staged bytes; names and shapes are the loader's to check."""
+        self._incoming = staged
+        with byte_workers() as pool:
+            staged.verify(pool)
+        return "staged" if self._served else "none"
+
+    def abort(self) -> None:
+        """Release the staged version."""
+        if self._incoming is not None:
+            self._incoming.release()
+        self._incoming = None
+
+    def pause(self, timeout_seconds: float) -> None:
+        """The engine has paused before it called."""
+
+    def apply(self) -> None:
+        """Run the loader over every tensor, then the hook."""
+        assert self._incoming is not None, "prepare comes before apply"
+        self._load(self._incoming)
+
+    def check(self) -> Served:
+        """The engine does not show its parameters."""
+        return Served(digest=None, served_digest=None)
+
+    def publish(self) -> None:
+        """Keep the new version as the next way back; the engine's label is its own."""
+        if self._served is not None:
+            self._served.release()
+        self._served, self._incoming = self._incoming, None
+
+    def roll_back(self) -> None:
+        """Load the version before again.
+
+        Raises:
+            AdapterError: there is none, or the loader fails on it too.
+        """
+        self.abort()
+        if self._served is None:
+            raise AdapterError(
+                "the loader failed and there is no version to go back to: restart the engine, or "
+                "send a complete version before it serves again"
+            )
+        self._load(self._served)
+
+    def resume(self) -> None:
+        """The engine resumes when it is returned to."""
+
+    def quarantine(self, reason: str) -> None:
+        """The failed call is what the engine gets to know."""
+
+    def tear(self, reason: str) -> None:
+        """The failed call is what the engine gets to know; nothing can be restored from here."""
+        self.abort()
+        self._served = None
+
+    def _load(self, staged: Staged) -> None:
+        group: list[tuple[str, torch.Tensor]] = []
+        group_bytes = 0
+        for name, tensor in staged.tensors():
+            if group_bytes + tensor.nbytes > GROUP_BYTES and self._device.type != "cpu":
+                self._run(group)
+                group, group_bytes = [], 0
+            group.append((name, tensor.to(self._device)))
+            group_bytes += tensor.nbytes
+        self._run(group)
+        if self._post_hook is not None:
+            self._post_hook()
+
+
+def _identity() -> Identity:
+    """Workers of one engine share their parent process, and know each other by torch's group."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return Identity(
+            replica=f"engine {os.getppid()} rank {rank}",
+            engine=f"parent {os.getppid()}",
+            rank=rank,
+            world_size=world_size,
+        )
+    return Identity(replica=f"engine {os.getpid()}", engine=f"process {os.getpid()}")

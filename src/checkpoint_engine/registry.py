@@ -1,0 +1,177 @@
+"""What happened, when: updates and their decisions, in SQLite.
+
+A coordinator writes `started` before anything is staged, `published` after every replica has
+applied and before the first of them is told to publish, and `finished` with the report. So the
+record, not the memory of a process, says what was decided: no `published` means rolled back.
+
+    registry = Registry(state_dir() / "registry.sqlite")
+    epoch = registry.next_epoch()
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from checkpoint_engine.errors import UsageError
+
+__all__ = ["Registry", "UpdateRecord", "state_dir"]
+
+BUSY_SECONDS = 30.0
+SCHEMA = """
+create table if not exists updates (
+    id text primary key,
+    epoch integer not null unique,
+    version text not null,
+    digest text not null,
+    owner text not null,
+    started_at real not null,
+    published_at real,
+    finished_at real,
+    outcome text,
+    report blob
+)
+"""
+
+
+class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One update as recorded; `outcome` is None while, or because, nobody finished it.
+
+    `owner` names the coordinator's process.
+    """
+
+    id: str
+    epoch: int
+    version: str
+    digest: str
+    owner: str
+    started_at: float
+    published_at: float | None
+    finished_at: float | None
+    outcome: str | None
+
+
+def state_dir() -> Path:
+    """`$CKPT_ENGINE_STATE_DIR`, else ckpt-engine in the user's state folder; made on first use.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    configured = os.environ.get("CKPT_ENGINE_STATE_DIR")
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    folder = Path(configured) if configured else Path(home) / "ckpt-engine"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}; set CKPT_ENGINE_STATE_DIR") from error
+    return folder
+
+
+def _process(pid: int) -> str:
+    """A name that no other process has, on this boot of this host; pids are used again."""
+    try:
+        started_at = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "none"
+    return f"{pid}:{started_at}:{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+
+
+class Registry:
+    """The record of one coordinator, or of several that share a file. Safe from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("pragma journal_mode = wal")
+            self._connection.execute("pragma synchronous = full")
+            self._connection.execute(SCHEMA)
+        except sqlite3.Error as error:
+            raise UsageError(f"{path}: not usable as a registry: {error}") from error
+
+    def next_epoch(self) -> int:
+        """A number above every epoch recorded here, and above those of lost registries.
+
+        Milliseconds since 1970, so that a registry that starts anew is not fenced off by
+        replicas that remember the old one.
+        """
+        ((last,),) = self._execute("select coalesce(max(epoch), 0) from updates")
+        return max(int(last) + 1, int(time.time() * 1000))
+
+    def start(self, update: str, epoch: int, version: str, digest: str) -> None:
+        """Record that an update is about to begin."""
+        self._execute(
+            "insert into updates (id, epoch, version, digest, owner, started_at) "
+            "values (?, ?, ?, ?, ?, ?)",
+            update, epoch, version, digest, _process(os.getpid()), time.time(),
+        )  # fmt: skip
+
+    def publish(self, update: str) -> None:
+        """Record the decision; from here on the update is published, whatever happens."""
+        self._execute("update updates set published_at = ? where id = ?", time.time(), update)
+
+    def finish(self, update: str, outcome: str, report: bytes) -> None:
+        """Record how it ended, with the report as JSON."""
+        self._execute(
+            "update updates set finished_at = ?, outcome = ?, report = ? where id = ?",
+            time.time(), outcome, report, update,
+        )  # fmt: skip
+
+    def settle(self) -> list[UpdateRecord]:
+        """Close the updates that their coordinator did not live to finish; returns them.
+
+        Those without a decision are rolled back, as their replicas did by themselves.
+        """
+        with self._lock:
+            unfinished = [
+                record
+                for record in self._records("where finished_at is null", ())
+                if _process(int(record.owner.split(":")[0])) != record.owner
+            ]
+        for record in unfinished:
+            outcome = "published" if record.published_at is not None else "rolled_back"
+            self._execute(
+                "update updates set finished_at = ?, outcome = ? where id = ?",
+                time.time(), outcome, record.id,
+            )  # fmt: skip
+        return unfinished
+
+    def history(self, limit: int = 100) -> list[UpdateRecord]:
+        """The latest updates, newest first."""
+        with self._lock:
+            return self._records("order by epoch desc limit ?", (limit,))
+
+    def last_published(self) -> UpdateRecord | None:
+        """The version that the fleet was last brought to."""
+        with self._lock:
+            found = self._records(
+                "where published_at is not null order by epoch desc limit ?", (1,)
+            )
+        return found[0] if found else None
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _records(self, where: str, parameters: tuple[object, ...]) -> list[UpdateRecord]:
+        fields = UpdateRecord.__struct_fields__
+        query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
+        rows = self._connection.execute(query, parameters).fetchall()
+        return [UpdateRecord(**dict(zip(fields, row, strict=True))) for row in rows]
+
+    def _execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._connection.execute(statement, parameters).fetchall()
+            except sqlite3.Error as error:
+                raise UsageError(f"{self._path}: cannot be written: {error}") from error

@@ -1,0 +1,220 @@
+"""Safetensors files and Hugging Face folders, read in parallel straight into store memory.
+
+The format is eight bytes of header length, a JSON header, and one block of tensor bytes. The
+header is checked as strictly as the format's own library does (no hole, no overlap, lengths that
+fit dtype and shape), because a file may be truncated, garbled, or lie. Reads are `preadv` into the
+destination: no tensor, and no page of the file, is mapped in between.
+
+    source = SafetensorsSource(safetensors_files(folder))
+    for spec in source.specs(): ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from checkpoint_engine.dtypes import num_bytes
+from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.plan.layout import TensorSpec
+
+__all__ = ["SafetensorsSource", "safetensors_files"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in a file's header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    descriptor: int
+    position: int
+    length: int
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+class SafetensorsSource:
+    """The tensors of one or more safetensors files. Owns one descriptor a file until closed.
+
+    Raises:
+        SourceError: a file is unreadable, truncated, garbled or lying, or two hold one name.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
+        self._descriptors: list[int] = []
+        self._places: dict[str, _Place] = {}
+        self._specs: list[TensorSpec] = []
+        try:
+            for file in files:
+                self._open(Path(file))
+        except BaseException:
+            self.close()
+            raise
+
+    def specs(self) -> Sequence[TensorSpec]:
+        """The tensors of all files, in the order of the files."""
+        return self._specs
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of tensor `name` from byte `start` on."""
+        place = self._places[name]
+        position, done = place.position + start, 0
+        while done < len(out):
+            try:
+                num_read = os.preadv(place.descriptor, [out[done:]], position + done)
+            except OSError as error:
+                raise SourceError(f"{place.path}: tensor {name!r}: {error}") from error
+            if num_read == 0:
+                raise SourceError(
+                    f"{place.path}: tensor {name!r}: the file ends in the middle of it; it was "
+                    "truncated while being read"
+                )
+            done += num_read
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _open(self, path: Path) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._descriptors.append(descriptor)
+        entries, data_start = _read_header(path, descriptor)
+        for name, entry in entries.items():
+            if name in self._places:
+                raise SourceError(
+                    f"{path}: tensor {name!r} is also in {self._places[name].path}; "
+                    "give only the files of one checkpoint"
+                )
+            begin, end = entry.data_offsets
+            self._places[name] = _Place(path, descriptor, data_start + begin, end - begin)
+            self._specs.append(TensorSpec(names=(name,), dtype=entry.dtype, shape=entry.shape))
+
+
+def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a checkpoint: one file, or those of a Hugging Face folder.
+
+    With an index, exactly the files that it names; every one must exist in the folder, and every
+    tensor must be where the index says.
+
+    Raises:
+        SourceError: there are none, or the index is wrong.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise SourceError(f"{path}: there is no such file or folder")
+    index = path / INDEX_NAME
+    if index.exists():
+        return _indexed_files(index)
+    if (path / SINGLE_NAME).exists():
+        return [path / SINGLE_NAME]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{path}: the folder holds no .safetensors file")
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{index}: not an index of safetensors files: {error}") from error
+    files: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if Path(file).name != file:
+            raise SourceError(f"{index}: {file!r} leads out of the folder")
+        files.setdefault(file, set()).add(tensor)
+    for file, tensors in sorted(files.items()):
+        held = _names_in(index.parent / file)
+        missing = sorted(tensors - held)
+        if missing:
+            raise SourceError(f"{index.parent / file}: lacks {missing[0]!r}, which the index names")
+    return [index.parent / file for file in sorted(files)]
+
+
+def _names_in(path: Path) -> set[str]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{path}: the index names it, but: {error.strerror}") from error
+    try:
+        return set(_read_header(path, descriptor)[0])
+    finally:
+        os.close(descriptor)
+
+
+def _read_header(path: Path, descriptor: int) -> tuple[dict[str, _Entry], int]:
+    """The header's entries and the position of the first data byte."""
+    file_bytes = os.fstat(descriptor).st_size
+    prefix = os.pread(descriptor, 8, 0)
+    header_bytes = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise SourceError(f"{path}: not a safetensors file, or truncated in its header")
+    header = os.pread(descriptor, header_bytes, 8)
+    try:
+        decoded = json.loads(header, object_pairs_hook=_without_duplicates)
+        if isinstance(decoded, dict):
+            decoded.pop("__metadata__", None)
+        entries = msgspec.convert(decoded, dict[str, _Entry])
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: the header is garbled: {error}") from error
+    _check_entries(path, entries, file_bytes - 8 - header_bytes)
+    return entries, 8 + header_bytes
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON decoders keep the last of two equal keys; a header with both is lying."""
+    decoded = dict(pairs)
+    if len(decoded) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return decoded
+
+
+def _check_entries(path: Path, entries: dict[str, _Entry], data_bytes: int) -> None:
+    expected = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        try:
+            length = num_bytes(entry.dtype, entry.shape)
+        except UsageError as error:
+            raise SourceError(f"{path}: tensor {name!r}: {error}") from error
+        if any(dim < 0 for dim in entry.shape) or end - begin != length:
+            raise SourceError(
+                f"{path}: tensor {name!r}: {end - begin} bytes for {entry.dtype} "
+                f"{list(entry.shape)}, which needs {length}"
+            )
+        if begin != expected:
+            raise SourceError(
+                f"{path}: tensor {name!r} starts at byte {begin}, not where the one before it "
+                f"ends, {expected}"
+            )
+        if end > data_bytes:
+            raise SourceError(
+                f"{path}: tensor {name!r} ends at byte {end} of {data_bytes}: the file is truncated"
+            )
+        expected = end
+    if expected != data_bytes:
+        raise SourceError(f"{path}: {data_bytes - expected} bytes after the last tensor")

@@ -1,0 +1,83 @@
+"""Named tensors and plain state dicts: a trainer's live weights.
+
+Tensors that are views of the same elements (tied embeddings) are announced once under all their
+names. Non-contiguous tensors are made contiguous one at a time, while they are read; everything
+else is copied straight from where it lies, on any device that torch can copy from.
+
+    source = TensorSource(model.state_dict())
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from checkpoint_engine.dtypes import dtype_name
+from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.plan.layout import TensorSpec
+
+__all__ = ["TensorSource"]
+
+
+class TensorSource:
+    """A state dict as a source. Borrows the tensors: they must not change until registered.
+
+    Raises:
+        SourceError: a value is no dense tensor, or its dtype has no name in safetensors.
+    """
+
+    def __init__(self, named_tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = {name: _checked(name, tensor) for name, tensor in named_tensors.items()}
+        self._lock = threading.Lock()
+        self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
+
+    def specs(self) -> Sequence[TensorSpec]:
+        """The tensors, tied ones once under all their names."""
+        tied: dict[object, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            tied.setdefault(_identity(name, tensor), []).append(name)
+        return [self._spec(tuple(sorted(names))) for names in tied.values()]
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Copy bytes [start, start + len(out)) of a tensor, row-major, into `out`."""
+        tensor = self._tensors[name]
+        if not tensor.is_contiguous():
+            with self._lock:
+                tensor = self._contiguous(name)
+        flat = tensor.reshape(-1).view(torch.uint8)
+        torch.frombuffer(out, dtype=torch.uint8).copy_(flat[start : start + len(out)])
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._tensors = {}
+        self._contiguous.cache_clear()
+
+    def _spec(self, names: tuple[str, ...]) -> TensorSpec:
+        try:
+            dtype, shape = dtype_name(self._tensors[names[0]])
+        except UsageError as error:
+            raise SourceError(f"tensor {names[0]!r}: {error}") from error
+        return TensorSpec(names=names, dtype=dtype, shape=shape)
+
+    def _make_contiguous(self, name: str) -> torch.Tensor:
+        return self._tensors[name].contiguous()
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise SourceError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+    if type(tensor).__name__ == "DTensor":
+        raise SourceError(f"{name!r} is a DTensor: pass tensor.full_tensor()")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise SourceError(f"{name!r} has no dense bytes to send (sparse, meta or quantized)")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _identity(name: str, tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same elements in memory."""
+    if tensor.numel() == 0:
+        return name
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

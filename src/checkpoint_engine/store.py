@@ -1,0 +1,347 @@
+"""Versions in host memory: allocated once, pre-faulted, reused, leased.
+
+Fresh pages cost several times what a copy costs, so memory is a memfd that is faulted in once and
+used again for version after version. A memfd has no name that could leak or be squatted, its
+descriptor is passed over a Unix socket (`transport.handover`), and it is sealed: nobody can
+shrink it under a reader, and nobody but its owner can write into it.
+
+A segment is reused or freed only when nothing leases it: not the version registered in it, not an
+update under way, not a replica that maps it.
+
+    store = Store()
+    shard = store.register("step-120", source)              # bytes copied and digested
+    with shard.segment.lease():
+        ...                                                 # an update hands it over
+    store.unregister("step-120")
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from checkpoint_engine.codec.digest import byte_workers, chunk_digest
+from checkpoint_engine.errors import StoreError
+from checkpoint_engine.manifest import Manifest, TensorMeta, align, cut_chunks
+from checkpoint_engine.plan.buckets import Bucket, plan_buckets
+from checkpoint_engine.plan.layout import lay_out
+from checkpoint_engine.sources.base import Source
+
+__all__ = ["Segment", "Shard", "Store"]
+
+# Not in `fcntl` and `mmap` before Python 3.13; the values are the kernel's.
+F_ADD_SEALS = 1033
+F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
+MADV_POPULATE_WRITE = 23
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+class Segment:
+    """One memfd, mapped writable by its owner alone. `Store` creates and frees it.
+
+    Attributes:
+        name: under which a receiver asks for it; says nothing about its content.
+        descriptor: the memfd; owned, valid until `free`.
+        capacity_bytes: its size, a multiple of the page size.
+        memory: the owner's writable view of all its bytes; dropped by `free`.
+        pooled: whether it is kept for the next version when nothing leases it.
+    """
+
+    def __init__(self, num_bytes: int, *, pooled: bool) -> None:
+        self.capacity_bytes = max(PAGE_BYTES, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
+        self.pooled = pooled
+        self.name = secrets.token_hex(8)
+        self._num_leases = 0
+        self._lock = threading.Lock()
+        self._on_idle: Callable[[Segment], None] | None = None
+        self.descriptor = os.memfd_create("ckpt-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, self.capacity_bytes)
+            self._map = mmap.mmap(self.descriptor, self.capacity_bytes)
+            _fault_in(self._map)
+            seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, F_ADD_SEALS, seals)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise StoreError(
+                f"cannot allocate {num_bytes} bytes of shared memory: {error.strerror}; free "
+                "memory or unregister versions"
+            ) from error
+        self.memory = memoryview(self._map)
+
+    @property
+    def num_leases(self) -> int:
+        """How many users still need the bytes as they are."""
+        return self._num_leases
+
+    def acquire(self) -> None:
+        """Lease the bytes: until `release` they are neither overwritten nor freed."""
+        with self._lock:
+            self._num_leases += 1
+
+    def release(self) -> None:
+        """End one lease; the last one makes the segment available again."""
+        with self._lock:
+            self._num_leases -= 1
+            assert self._num_leases >= 0, "a segment was released more often than leased"
+            idle = self._num_leases == 0
+        if idle and self._on_idle is not None:
+            self._on_idle(self)
+
+    @contextmanager
+    def lease(self) -> Iterator[Segment]:
+        """Lease the bytes for the duration of a block."""
+        self.acquire()
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def free(self) -> None:
+        """Give the memory back to the system. Only the store calls this, without leases."""
+        assert self._num_leases == 0, "a leased segment is never freed"
+        # Dropped, not closed: a view that somebody still holds keeps the map until it goes.
+        del self.memory, self._map
+        os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A registered version, or this rank's part of it: its manifest and the memory behind it."""
+
+    manifest: Manifest
+    segment: Segment
+
+    @property
+    def memory(self) -> memoryview:
+        """The flat byte space, valid while the segment is leased."""
+        return self.segment.memory[: self.manifest.num_bytes]
+
+
+class Store:
+    """The versions of one process.
+
+    A version is kept until it is unregistered. A pooled one (`pooled=True`) is also let go when
+    `retain` newer pooled ones have been registered, and its memory is used again, never returned
+    to the system before `unregister(force=True)` or `close`.
+
+    Args:
+        retain: how many pooled versions are kept: the new one, and those to go back to.
+        budget_bytes: most bytes of segments at any time; None for what the host has available.
+    """
+
+    def __init__(self, *, retain: int = 2, budget_bytes: int | None = None) -> None:
+        self._retain = retain
+        self._budget_bytes = budget_bytes
+        self._lock = threading.RLock()
+        self._shards: dict[str, Shard] = {}
+        self._segments: list[Segment] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all segments, used or kept for reuse."""
+        with self._lock:
+            return sum(segment.capacity_bytes for segment in self._segments)
+
+    def segment(self, name: str) -> Segment | None:
+        """The segment called `name`, if this store still has it."""
+        with self._lock:
+            return next((s for s in self._segments if s.name == name), None)
+
+    @property
+    def labels(self) -> list[str]:
+        """The registered versions, oldest first."""
+        with self._lock:
+            return list(self._shards)
+
+    def __getitem__(self, label: str) -> Shard:
+        """The shard registered as `label`; StoreError where there is none."""
+        with self._lock:
+            if label not in self._shards:
+                known = ", ".join(self._shards) or "none"
+                raise StoreError(f"version {label!r} is not registered here; registered: {known}")
+            return self._shards[label]
+
+    def register(self, label: str, source: Source, *, pooled: bool = False) -> Shard:
+        """Copy a source's bytes into a segment and digest them on the way.
+
+        The source may be closed, and its tensors may change, once this returns. If anything
+        fails, nothing of the version remains.
+
+        Raises:
+            SourceError: the source contradicts itself or cannot be read.
+            StoreError: the label is taken, or memory or budget does not suffice.
+        """
+        with self._lock:
+            if label in self._shards:
+                raise StoreError(f"version {label!r} is already registered; unregister it first")
+            if pooled:
+                self._retire(keep=self._retain - 1)
+        tensors = lay_out(source.specs())
+        segment = self.allocate(max((tensor.end for tensor in tensors), default=0), pooled=pooled)
+        try:
+            shard = Shard(_fill(tensors, source, segment.memory), segment)
+        except BaseException:
+            segment.release()
+            raise
+        return self.adopt(label, shard)
+
+    def adopt(self, label: str, shard: Shard) -> Shard:
+        """Register a shard whose segment came from `allocate`; its lease passes to the store."""
+        with self._lock:
+            self._shards[label] = shard
+        return shard
+
+    def allocate(self, num_bytes: int, *, pooled: bool) -> Segment:
+        """A segment of at least `num_bytes`, leased once to the caller; its bytes are arbitrary.
+
+        Raises:
+            StoreError: memory or budget does not suffice.
+        """
+        with self._lock:
+            segment = self._idle_segment(num_bytes) if pooled else None
+            if segment is None:
+                self._check_budget(align(num_bytes))
+                segment = Segment(num_bytes, pooled=pooled)
+                segment._on_idle = self._idle
+                self._segments.append(segment)
+            segment.acquire()
+            return segment
+
+    def unregister(self, label: str, *, force: bool = False) -> None:
+        """Forget a version. Its memory is free once no update and no replica leases it.
+
+        Args:
+            label: the version.
+            force: also return pooled memory that nothing leases to the system.
+
+        Raises:
+            StoreError: there is no such version.
+        """
+        with self._lock:
+            self[label].segment.release()
+            del self._shards[label]
+            if force:
+                self._free(self._idle_pool())
+
+    def close(self) -> None:
+        """Forget every version and return all memory that nothing leases."""
+        with self._lock:
+            for label in self.labels:
+                self.unregister(label, force=True)
+
+    def _retire(self, keep: int) -> None:
+        pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
+        for label in pooled[: max(0, len(pooled) - keep)]:
+            self.unregister(label)
+
+    def _idle(self, segment: Segment) -> None:
+        with self._lock:
+            if not segment.pooled and segment.num_leases == 0 and segment in self._segments:
+                self._free([segment])
+
+    def _idle_pool(self) -> list[Segment]:
+        return [s for s in self._segments if s.pooled and s.num_leases == 0]
+
+    def _idle_segment(self, num_bytes: int) -> Segment | None:
+        """The smallest idle segment that fits; those too small to fit are returned."""
+        idle = self._idle_pool()
+        fitting = [segment for segment in idle if segment.capacity_bytes >= num_bytes]
+        if fitting:
+            return min(fitting, key=lambda segment: segment.capacity_bytes)
+        self._free(idle)
+        return None
+
+    def _free(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._segments.remove(segment)
+            segment.free()
+
+    def _check_budget(self, num_bytes: int) -> None:
+        used, budget = self.allocated_bytes, self._budget_bytes
+        if budget is not None and used + num_bytes > budget:
+            raise StoreError(
+                f"a version of {num_bytes} bytes exceeds the store's budget: {used} of {budget} "
+                "bytes are in use; unregister versions or raise the budget"
+            )
+        available = _available_bytes()
+        if num_bytes > available:
+            raise StoreError(
+                f"a version of {num_bytes} bytes does not fit in the {available} bytes of memory "
+                "that this host has available; unregister versions or free memory"
+            )
+
+
+def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -> Manifest:
+    """Read every chunk into its place and digest it while it is in the cache."""
+    starts = {tensor.offset: tensor for tensor in reversed(tensors) if tensor.length}
+    digests: dict[int, list[bytes]] = {offset: [] for offset in starts}
+    origins = {starts[offset].name: offset for offset in starts}
+
+    def read(bucket: Bucket) -> list[tuple[str, bytes]]:
+        done = []
+        for chunk in bucket.chunks:
+            out = memory[chunk.offset : chunk.end]
+            source.read_into(chunk.tensor, chunk.offset - origins[chunk.tensor], out)
+            done.append((chunk.tensor, chunk_digest(out)))
+        return done
+
+    buckets = plan_buckets(cut_chunks(tensors), bucket_bytes=8 << 20)
+    with byte_workers() as pool:
+        for name, digest in _flatten(pool, read, buckets):
+            digests[origins[name]].append(digest)
+    return Manifest.of(
+        msgspec.structs.replace(tensor, chunk_digests=b"".join(digests.get(tensor.offset, ())))
+        if tensor.length
+        else tensor
+        for tensor in tensors
+    )
+
+
+def _flatten(
+    pool: Executor, read: Callable[[Bucket], list[tuple[str, bytes]]], buckets: Sequence[Bucket]
+) -> Iterator[tuple[str, bytes]]:
+    """All results in the order of buckets; the first failure cancels what has not begun."""
+    jobs = [pool.submit(read, bucket) for bucket in buckets]
+    try:
+        for job in jobs:
+            yield from job.result()
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
+def _fault_in(memory: mmap.mmap) -> None:
+    """Touch every page now, so that no copy pays for it later and shortage shows here."""
+    try:
+        memory.madvise(MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != 22:  # EINVAL: Linux before 5.14
+            raise
+        for start in range(0, len(memory), PAGE_BYTES):
+            memory[start] = 0
+
+
+def _available_bytes() -> int:
+    """What this process may still allocate: the host's memory or its control group's."""
+    available = []
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and (maximum := limit.read_text().strip()) != "max":
+        available.append(int(maximum) - int((group / "memory.current").read_text()))
+    return min(available, default=sys.maxsize)

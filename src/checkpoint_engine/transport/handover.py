@@ -1,0 +1,224 @@
+"""Store memory handed to other processes of the host by descriptor: nothing is copied.
+
+A receiver connects to the owner's socket, holds a segment, and is sent its memfd, which it maps.
+The connection is the lease: while it is open and held, the owner neither overwrites nor frees the
+bytes. A receiver that dies ends its lease with it, since the kernel closes the connection.
+
+Receivers map privately and writable: loaders of real engines write into the tensors that they are
+given, and copy-on-write keeps the staged bytes clean. A map is dropped, never closed, while tensors
+view it, and the lease ends with the last of them.
+
+    attachment = Attachment.open(address, segment_id)       # maps and holds
+    tensor = torch.frombuffer(attachment.memory[a:b], dtype=torch.uint8)
+    attachment.let_go()                                     # bytes no longer needed; map kept
+    attachment.hold()                                       # the same map, new bytes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost, ProtocolError
+from checkpoint_engine.store import F_SEAL_SHRINK, Segment
+from checkpoint_engine.transport import sockets
+from checkpoint_engine.transport.channel import Channel
+
+__all__ = ["Attachment", "Attachments", "Hold", "LetGo", "Part", "serve_lease"]
+
+F_GET_SEALS = 1034
+MADV_POPULATE_READ = 22
+MAP_NORESERVE = 0x4000
+LEASE_POLL_SECONDS = 3600.0
+HOLD_SECONDS = 30.0
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes [offset, offset + length) of a version's flat space, and where they lie on this host.
+
+    `address` is where the segment's owner listens, `segment` the name it has there, and `start`
+    the first of the bytes within it.
+    """
+
+    address: str
+    segment: str
+    start: int
+    offset: int
+    length: int
+
+
+class Hold(msgspec.Struct, frozen=True, tag=True):
+    """Receiver to owner: lease this segment's bytes to me."""
+
+    segment: str
+
+
+class LetGo(msgspec.Struct, frozen=True, tag=True):
+    """Receiver to owner: I no longer need the bytes, but keep my map."""
+
+
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """Owner to receiver: the lease stands. The first one comes with the memfd."""
+
+    pooled: bool
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Owner to receiver: there is no such segment."""
+
+    reason: str
+
+
+class Attachment:
+    """A segment of another process, mapped here. Make one with `open`.
+
+    Attributes:
+        memory: all bytes of the segment; what they say is fixed only while it is held.
+    """
+
+    def __init__(self, channel: Channel[Held | Refused], segment: str) -> None:
+        self._channel, self._segment = channel, segment
+        self._pooled = self._request_hold()
+        descriptor = channel.take_descriptor()
+        try:
+            mapped = _map(descriptor)
+        finally:
+            os.close(descriptor)
+        self.memory = memoryview(mapped)
+        # The lease ends when the last tensor that views the map is gone, not before.
+        self._lease = weakref.finalize(mapped, channel.close)
+
+    @classmethod
+    def open(cls, address: str, segment: str) -> Attachment:
+        """Connect to the owner, hold the segment and map it.
+
+        Raises:
+            HandoverError: the owner is gone or another user's, or the memory is not sealed.
+        """
+        connection = sockets.connect(address, HOLD_SECONDS)
+        channel: Channel[Held | Refused] = Channel(connection, Held | Refused)
+        try:
+            return cls(channel, segment)
+        except BaseException:
+            channel.close()
+            raise
+
+    def hold(self) -> None:
+        """Lease the bytes again after `let_go`; raises PeerLost when the owner is gone."""
+        self._request_hold()
+
+    def let_go(self) -> bool:
+        """End the lease. Returns whether the map may be kept for the owner's next version."""
+        try:
+            self._channel.send(LetGo())
+        except (PeerLost, DeadlineExceeded):
+            return False
+        return self._pooled
+
+    def close(self) -> None:
+        """Drop the map; the lease ends when no tensor views it any more."""
+        self.memory = memoryview(b"")
+
+    def _request_hold(self) -> bool:
+        self._channel.send(Hold(self._segment))
+        reply = self._channel.receive(HOLD_SECONDS)
+        if isinstance(reply, Refused):
+            raise HandoverError(reply.reason)
+        return reply.pooled
+
+
+class Attachments:
+    """The maps that a replica keeps from update to update, since faulting one in costs a copy.
+
+    A store reuses few segments over and over, so few maps serve every update.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, str], Attachment] = {}
+
+    def attach(self, address: str, segment: str) -> Attachment:
+        """Hold a segment, through the map kept for it if there is one."""
+        kept = self._idle.pop((address, segment), None)
+        if kept is not None:
+            try:
+                kept.hold()
+            except (PeerLost, HandoverError):
+                kept.close()
+            else:
+                return kept
+        return Attachment.open(address, segment)
+
+    def release(self, address: str, segment: str, attachment: Attachment) -> None:
+        """Let go of the bytes, and keep the map where the owner will use it again."""
+        if attachment.let_go():
+            self._idle[address, segment] = attachment
+        else:
+            attachment.close()
+
+    def close(self) -> None:
+        """Drop the maps that are kept."""
+        while self._idle:
+            self._idle.popitem()[1].close()
+
+
+def serve_lease(
+    channel: Channel[Any], first: Hold, segment: Callable[[str], Segment | None]
+) -> None:
+    """Grant one receiver's leases until it goes. Runs on a thread of its own, owns the channel.
+
+    `segment` finds what is asked for by name.
+    """
+    held: Segment | None = None
+    mapped = False
+    request: Any = first
+    try:
+        while True:
+            if isinstance(request, LetGo):
+                if held is not None:
+                    held.release()
+                held = None
+            elif not isinstance(request, Hold):
+                raise ProtocolError(f"a lease is held or let go, not {type(request).__name__}")
+            elif held is None:
+                held = segment(request.segment)
+                if held is None:
+                    channel.send(Refused("the segment is gone: its version was unregistered"))
+                    return
+                held.acquire()
+                channel.send(Held(held.pooled), () if mapped else (held.descriptor,))
+                mapped = True
+            request = _next_request(channel)
+    except (PeerLost, ProtocolError, DeadlineExceeded):
+        return  # the receiver let go, died, or broke the protocol: the lease is over
+    finally:
+        if held is not None:
+            held.release()
+        channel.close()
+
+
+def _next_request(channel: Channel[Any]) -> Any:
+    """A lease has no deadline of its own: it ends with its holder, which the kernel reports."""
+    while True:
+        with contextlib.suppress(DeadlineExceeded):
+            return channel.receive(LEASE_POLL_SECONDS)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    if not fcntl.fcntl(descriptor, F_GET_SEALS) & F_SEAL_SHRINK:
+        raise HandoverError("the memory that was handed over is not sealed against shrinking")
+    mapped = mmap.mmap(
+        descriptor,
+        os.fstat(descriptor).st_size,
+        flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+    )
+    with contextlib.suppress(OSError):  # only speed: before Linux 5.14 pages fault in one by one
+        mapped.madvise(MADV_POPULATE_READ)
+    return mapped

@@ -1,0 +1,121 @@
+"""Unix sockets that no other user of the host can take over.
+
+They live in one folder that is this user's own (0700, owner and symlinks checked), under a short
+path, since a socket's address holds 107 bytes. Both ends check the peer's uid as the kernel
+reports it; never its pid, which is 0 across namespaces. Never an abstract socket: anyone can
+bind its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import stat
+import struct
+import tempfile
+from pathlib import Path
+
+from checkpoint_engine.errors import HandoverError
+
+__all__ = ["SCHEME", "check_peer", "connect", "listen", "socket_dir"]
+
+SCHEME = "ipc://"
+MAX_PATH_BYTES = 100
+BACKLOG = 64
+
+
+def socket_dir() -> Path:
+    """The folder of this user's sockets, made on first use.
+
+    `$CKPT_ENGINE_SOCKET_DIR`, else `$XDG_RUNTIME_DIR/ckpt-engine`, else `ckpt-engine-<uid>` in
+    the system's temporary folder.
+
+    Raises:
+        HandoverError: it is a symlink, another user's, open to others, or its path is too long.
+    """
+    if configured := os.environ.get("CKPT_ENGINE_SOCKET_DIR"):
+        folder = Path(configured)
+    elif (runtime := os.environ.get("XDG_RUNTIME_DIR")) and Path(runtime).is_dir():
+        folder = Path(runtime) / "ckpt-engine"
+    else:
+        folder = Path(tempfile.gettempdir()) / f"ckpt-engine-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise HandoverError(f"{folder}: is a symlink or no folder; set CKPT_ENGINE_SOCKET_DIR")
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise HandoverError(
+            f"{folder}: belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}; "
+            "it must be your own with mode 700, or set CKPT_ENGINE_SOCKET_DIR"
+        )
+    if len(os.fsencode(folder)) + len("/0123456789abcdef") > MAX_PATH_BYTES:
+        raise HandoverError(f"{folder}: the path is too long; set CKPT_ENGINE_SOCKET_DIR")
+    return folder
+
+
+def listen() -> tuple[socket.socket, str]:
+    """A listening socket under a fresh name, and its address (`ipc://...`).
+
+    The caller owns the socket and unlinks the path when done.
+    """
+    path = socket_dir() / secrets.token_hex(8)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise HandoverError(f"{path}: cannot listen: {error}") from error
+    return listener, f"{SCHEME}{path}"
+
+
+def connect(address: str, timeout_seconds: float) -> socket.socket:
+    """Connect to an address that `listen` gave, in a process of a user that is allowed.
+
+    Raises:
+        HandoverError: nobody listens there, or somebody else's process does.
+    """
+    if not address.startswith(f"{SCHEME}/"):
+        raise HandoverError(f"{address!r} is not an address of a socket on this host")
+    path = address.removeprefix(SCHEME)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_seconds)
+    try:
+        connection.connect(path)
+        check_peer(connection)
+    except (OSError, HandoverError) as error:
+        connection.close()
+        if isinstance(error, HandoverError):
+            raise
+        raise HandoverError(f"{path}: cannot connect: {error}; is its process alive?") from error
+    return connection
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Refuse a peer that runs as another user than this one, root, or an allowed one.
+
+    Raises:
+        HandoverError: its uid is not among those.
+    """
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in {os.getuid(), 0, *_allowed_uids()}:
+        raise HandoverError(
+            f"the peer runs as uid {uid}; allowed are {os.getuid()}, 0 and CKPT_ENGINE_ALLOW_UIDS"
+        )
+
+
+def _allowed_uids() -> set[int]:
+    configured = os.environ.get("CKPT_ENGINE_ALLOW_UIDS", "")
+    try:
+        return {int(uid) for uid in configured.split(",") if uid.strip()}
+    except ValueError:
+        raise HandoverError(
+            f"CKPT_ENGINE_ALLOW_UIDS={configured!r} is not a list of numbers such as 1000,1001"
+        ) from None

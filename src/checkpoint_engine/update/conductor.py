@@ -1,0 +1,288 @@
+"""One update on one rank: stage, call the engines, carry votes up and decisions down.
+
+Every rank runs `Conductor.run`; on rank 0 a thread beside it plays the coordinator. Ranks and
+coordinator speak through two logs of the rendezvous, so the coordinator's own rank is a rank like
+the others. If the coordinator dies, its ranks close their sessions, which return to their base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineExceeded,
+    PeerLost,
+    RemoteError,
+    UsageError,
+)
+from checkpoint_engine.manifest import Version as VersionName
+from checkpoint_engine.registry import Registry
+from checkpoint_engine.store import Segment, Store
+from checkpoint_engine.timeline import Timeline
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update.coordinator import Coordinator, Opening, Policy
+from checkpoint_engine.update.protocol import (
+    Deadlines,
+    Decision,
+    Event,
+    Offer,
+    Report,
+    Returned,
+    Staged,
+)
+from checkpoint_engine.update.sessions import Door, Sessions
+from checkpoint_engine.update.staging import Version, deliver, parts_on
+
+__all__ = ["Conductor", "Request"]
+
+Request = Callable[[Sequence[tuple[str, str]]], None]
+"""Makes an engine take the update: called with every rank's (device uuid, handle)."""
+
+MEET_SECONDS = 60.0
+GRACE_SECONDS = 60.0
+
+
+class _Start(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 opens an update with."""
+
+    update: str
+    epoch: int
+    version: VersionName
+    deadlines: Deadlines
+
+
+@dataclass
+class Conductor:
+    """One rank's part in one update. Make one for each update, and `run` it once."""
+
+    label: str
+    version: Version
+    rendezvous: Rendezvous
+    store: Store
+    door: Door
+    collective: Collective | None
+    policy: Policy
+    timeout_seconds: float
+    registry: Callable[[], Registry]
+    parent: str | None = None
+    scope: Rendezvous = field(init=False)
+    _events: _Outbox = field(init=False)
+    _timeline: Timeline = field(init=False)
+
+    def run(self, number: int, requests: Sequence[Request]) -> Report:
+        """Take part in the `number`th update of these ranks; returns its report.
+
+        Raises:
+            PeerLost, DeadlineExceeded: the coordinator is gone. What it decided, its registry
+                knows; the sessions of this rank have returned to their base.
+        """
+        rank = self.rendezvous.rank
+        scope = self.scope = self.rendezvous.scope(f"update/{number}")
+        self._timeline = Timeline(f"rank {rank}")
+        self._events = _Outbox(scope.fork())
+        if rank == 0:
+            self._open(scope, number)
+        start = msgspec.msgpack.decode(scope.get("start", MEET_SECONDS), type=_Start)
+        received: Segment | None = None
+        sessions: Sessions | None = None
+        try:
+            received, sessions = self._stage(scope, start, len(requests))
+            return self._follow(scope, sessions, requests)
+        finally:
+            self.door.attend(None)
+            if sessions is not None:
+                sessions.close()
+            if received is not None:
+                received.release()
+
+    # ── rank 0 ──────────────────────────────────────────────────────────────────────────────
+
+    def _open(self, scope: Rendezvous, number: int) -> None:
+        registry = self.registry()
+        registry.settle()
+        epoch = registry.next_epoch()
+        manifest = self.version.manifest
+        start = _Start(
+            update=f"{epoch}-{number}",
+            epoch=epoch,
+            version=VersionName(label=self.label, digest=manifest.digest, parent=self.parent),
+            deadlines=Deadlines.of(self.timeout_seconds, manifest.num_bytes),
+        )
+        registry.start(start.update, epoch, self.label, manifest.digest)
+        opening = Opening(
+            update=start.update,
+            epoch=epoch,
+            version=start.version,
+            num_bytes=manifest.num_bytes,
+            world_size=scope.world_size,
+            deadlines=start.deadlines,
+        )
+        thread = threading.Thread(
+            target=_coordinate,
+            args=(opening, self.policy, registry, scope.fork()),
+            name="ckpt-coordinator",
+            daemon=True,
+        )
+        thread.start()
+        scope.put("start", msgspec.msgpack.encode(start))
+
+    # ── every rank ──────────────────────────────────────────────────────────────────────────
+
+    def _stage(
+        self, scope: Rendezvous, start: _Start, num_requests: int
+    ) -> tuple[Segment | None, Sessions | None]:
+        """Get the bytes to this host and open the door; a failure is this rank's "no"."""
+        rank, version = scope.rank, self.version
+        host = version.hosts.of_rank[rank]
+        received: Segment | None = None
+        sessions: Sessions | None = None
+        error: RemoteError | None = None
+        num_sent = 0
+        try:
+            with self._timeline.span("stage"):
+                if self.collective is not None:
+                    self.collective.connect(start.update, start.deadlines.ready_seconds)
+                received, num_sent = deliver(
+                    version,
+                    rank,
+                    self.store,
+                    self.collective,
+                    self._timeline,
+                    timeout_seconds=start.deadlines.ready_seconds,
+                )
+                name = received.name if received else ""
+                names = scope.gather("received", name.encode(), start.deadlines.ready_seconds)
+        except Exception as failure:
+            error = RemoteError.of(failure, f"rank {rank}")
+        else:
+            lead = version.hosts.lead(host)
+            offer = Offer(
+                update=start.update,
+                epoch=start.epoch,
+                version=start.version,
+                manifest=version.manifest.to_msgpack(),
+                parts=parts_on(version, host, names[lead].decode()),
+                deadlines=start.deadlines,
+                require_rollback=self.policy.require_rollback,
+            )
+            sessions = Sessions(rank, offer, self._events.post)
+            self.door.attend(sessions)
+        self._events.post(
+            Staged(
+                rank=rank,
+                num_requests=num_requests,
+                bytes_sent=num_sent,
+                error=error,
+                spans=tuple(self._timeline.spans),
+            )
+        )
+        return received, sessions
+
+    def _follow(
+        self, scope: Rendezvous, sessions: Sessions | None, requests: Sequence[Request]
+    ) -> Report:
+        """Do as decided until the end."""
+        decisions = scope.log("decisions")
+        longest = 2 * self.timeout_seconds + GRACE_SECONDS
+        called = False
+        while True:
+            decision = msgspec.msgpack.decode(decisions.next(longest), type=Decision)
+            if decision.step == "end":
+                assert decision.report is not None, "the end comes with a report"
+                return decision.report
+            if decision.step == "enter":
+                called = True
+                self._call(requests)
+            elif sessions is not None:
+                sessions.decide(decision)
+            if decision.step == "stop" and not called:
+                self._skip(requests)
+                if self.collective is not None:
+                    self.collective.abandon()
+
+    def _call(self, requests: Sequence[Request]) -> None:
+        """Make the engines' calls, each on a thread: an engine answers when it is done."""
+        handles = [(meta.device_uuid, meta.address) for meta in self.version.metas]
+
+        def call(number: int, request: Request) -> None:
+            error: RemoteError | None = None
+            try:
+                request(handles)
+            except Exception as failure:
+                error = RemoteError.of(failure, f"rank {self.rendezvous.rank}, request {number}")
+            with contextlib.suppress(CheckpointEngineError):  # nobody is left to be told
+                self._events.post(Returned(rank=self.rendezvous.rank, request=number, error=error))
+
+        for number, request in enumerate(requests):
+            threading.Thread(
+                target=call, args=(number, request), name="ckpt-request", daemon=True
+            ).start()
+
+    def _skip(self, requests: Sequence[Request]) -> None:
+        for number, _ in enumerate(requests):
+            self._events.post(Returned(rank=self.rendezvous.rank, request=number))
+
+
+class _Outbox:
+    """Posts events to the coordinator's log, from many threads."""
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self._log = rendezvous.log("events")
+        self._lock = threading.Lock()
+
+    def post(self, event: Event) -> None:
+        with self._lock:
+            self._log.append(msgspec.msgpack.encode(event))
+
+
+def _coordinate(
+    opening: Opening, policy: Policy, registry: Registry, rendezvous: Rendezvous
+) -> None:
+    """Drive the coordinator: events in, records and decisions out."""
+    coordinator = Coordinator(opening, policy, time.monotonic())
+    events, decisions = rendezvous.log("events"), rendezvous.log("decisions")
+    while not coordinator.done:
+        now = time.monotonic()
+        try:
+            entry = events.next(max(0.0, coordinator.next_deadline - now))
+        except DeadlineExceeded:
+            decided = coordinator.expire(time.monotonic())
+        except PeerLost:
+            return  # the rendezvous is gone, and with it everyone who could be told
+        else:
+            decided = coordinator.on(msgspec.msgpack.decode(entry, type=Event), time.monotonic())
+        for decision in _recorded(decided, coordinator, registry, opening.update):
+            decisions.append(msgspec.msgpack.encode(decision))
+
+
+def _recorded(
+    decided: list[Decision], coordinator: Coordinator, registry: Registry, update: str
+) -> list[Decision]:
+    """The record comes before the message: absence of a record means abort."""
+    recorded: list[Decision] = []
+    for decision in decided:
+        try:
+            if decision.step == "publish":
+                registry.publish(update)
+            elif decision.report is not None:
+                report = msgspec.json.encode(decision.report)
+                registry.finish(update, decision.report.outcome, report)
+        except UsageError as error:
+            failure = RemoteError.of(error, "registry")
+            if decision.step == "publish":
+                return [*recorded, *coordinator.veto(failure, time.monotonic())]
+            assert decision.report is not None, "only a publish and the end are recorded"
+            degraded = (*decision.report.degraded, str(failure))
+            ending = msgspec.structs.replace(decision.report, degraded=degraded)
+            recorded.append(msgspec.structs.replace(decision, report=ending))
+        else:
+            recorded.append(decision)
+    return recorded

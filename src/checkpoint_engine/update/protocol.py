@@ -1,0 +1,311 @@
+"""Every message of an update, and the report that it ends with.
+
+Three parties talk. A *session* runs inside an engine's worker and speaks with the *rank* whose
+handle it was given, over a Unix socket. The ranks speak with the *coordinator*, which is rank 0,
+through two logs: events go up, decisions come down. Tensor bytes travel on none of these ways.
+
+    session                rank                    coordinator
+       ── Hello ──────────►  ── Joined ───────────►
+       ◄───────── Offer ──                           (all staged)  ◄── Staged
+       ── Ready ──────────►  ── Voted(Ready) ─────►
+       ◄─ Proceed(apply) ──  ◄── Decision(apply) ──  all ready
+       ── Applied ────────►  ── Voted(Applied) ───►
+       ◄─ Proceed(publish) ─ ◄── Decision(publish) ─ all applied, recorded
+       ── Confirmed ──────►  ── Voted(Confirmed) ─►
+                             ◄── Decision(end) ────  report
+
+At any point a session may send `Withdrawn` instead, and a rank `Stop`: before apply that aborts,
+after it that rolls back.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from checkpoint_engine.errors import RemoteError
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.timeline import Span
+from checkpoint_engine.transport.handover import Part
+
+__all__ = [
+    "PROTOCOL",
+    "Applied",
+    "Confirmed",
+    "Deadlines",
+    "Decision",
+    "Event",
+    "FromRank",
+    "FromSession",
+    "Hello",
+    "Joined",
+    "Left",
+    "Offer",
+    "Proceed",
+    "Ready",
+    "ReplicaReport",
+    "Report",
+    "Returned",
+    "Staged",
+    "Stop",
+    "Vote",
+    "Voted",
+    "Withdrawn",
+]
+
+PROTOCOL = 1
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A struct that says its own kind on the wire."""
+
+
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
+    """The longest waits of an update.
+
+    Attributes:
+        ready_seconds: from the opening until every engine is ready; nothing is paused yet.
+        pause_seconds: from the first pause until every engine has applied; requests wait.
+    """
+
+    ready_seconds: float
+    pause_seconds: float
+
+    @classmethod
+    def of(cls, timeout_seconds: float, num_bytes: int) -> Deadlines:
+        """Deadlines within a user's timeout: no pause longer than ten seconds and 0.5 GB/s."""
+        return cls(
+            ready_seconds=timeout_seconds,
+            pause_seconds=min(timeout_seconds, 10 + num_bytes / 0.5e9),
+        )
+
+
+# ── session → rank ──────────────────────────────────────────────────────────────────────────
+
+
+class Hello(_Message, frozen=True):
+    """A worker of an engine is here.
+
+    Attributes:
+        protocol: what it speaks.
+        replica: what to call it in reports.
+        engine: equal for the workers of one engine, different for different engines.
+        rank: among the workers of its engine.
+        world_size: how many workers its engine has; all of them must say hello.
+        base: digest of the version that it serves, None if it does not know.
+        epoch: the highest epoch it has seen; an older update is refused.
+        undecided: update that it had to leave without learning the decision, if any.
+    """
+
+    protocol: int
+    replica: str
+    engine: str
+    rank: int
+    world_size: int
+    base: str | None = None
+    epoch: int = 0
+    undecided: str | None = None
+
+
+class Ready(_Message, frozen=True):
+    """The staged bytes are attached, verified and fit the engine. No weight has changed.
+
+    Attributes:
+        way_back: how it would return to its base: "staged", "snapshot" or "none".
+    """
+
+    way_back: str
+    spans: tuple[Span, ...] = ()
+
+
+class Applied(_Message, frozen=True):
+    """The new weights are in place and checked; requests wait.
+
+    Attributes:
+        digest: of the live parameters under the version's names; None where the engine hides them.
+        served_digest: of all live parameters, after casts and post-processing.
+    """
+
+    digest: str | None
+    served_digest: str | None
+    spans: tuple[Span, ...] = ()
+
+
+class Confirmed(_Message, frozen=True):
+    """The new version is labelled and served.
+
+    Attributes:
+        pause_seconds: how long requests waited.
+        error: what failed after the label changed (a cache flush), if anything did.
+    """
+
+    pause_seconds: float
+    error: RemoteError | None = None
+    spans: tuple[Span, ...] = ()
+
+
+class Withdrawn(_Message, frozen=True):
+    """A "no": this worker takes no further part, and awaits only the `Stop` that says why.
+
+    Attributes:
+        torn: False if it serves its base as before; True if it could not get back to it.
+    """
+
+    error: RemoteError
+    torn: bool = False
+    pause_seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
+
+
+# ── rank → session ──────────────────────────────────────────────────────────────────────────
+
+
+class Offer(_Message, frozen=True):
+    """What is offered, where its bytes lie on this host, and how long to wait for decisions.
+
+    Attributes:
+        manifest: msgpack of the Manifest.
+        follower: True for a session that does not vote, such as a draft model's.
+        require_rollback: refuse unless there is a way back.
+    """
+
+    update: str
+    epoch: int
+    version: Version
+    manifest: bytes
+    parts: tuple[Part, ...]
+    deadlines: Deadlines
+    follower: bool = False
+    require_rollback: bool = False
+
+
+class Proceed(_Message, frozen=True):
+    """Go on with `step`: "apply" or "publish"."""
+
+    step: str
+
+
+class Stop(_Message, frozen=True):
+    """Abort, or roll back where weights have changed; `quarantine`: and do not serve."""
+
+    reason: str
+    quarantine: bool = False
+
+
+Vote = Ready | Applied | Confirmed | Withdrawn
+FromSession = Hello | Ready | Applied | Confirmed | Withdrawn
+FromRank = Offer | Proceed | Stop
+
+
+# ── rank → coordinator ──────────────────────────────────────────────────────────────────────
+
+
+class Staged(_Message, frozen=True):
+    """A rank's host holds every byte of the version, or the rank says why not.
+
+    Attributes:
+        num_requests: how many engines this rank is going to call, at most.
+    """
+
+    rank: int
+    num_requests: int = 1
+    bytes_sent: int = 0
+    error: RemoteError | None = None
+    spans: tuple[Span, ...] = ()
+
+
+class Joined(_Message, frozen=True):
+    """A session has said hello on this rank's handle; a follower came after the vote."""
+
+    session: str
+    rank: int
+    hello: Hello
+    follower: bool = False
+
+
+class Voted(_Message, frozen=True):
+    """A session has voted."""
+
+    session: str
+    vote: Vote
+
+
+class Left(_Message, frozen=True):
+    """A session's connection ended before the protocol did."""
+
+    session: str
+    error: RemoteError
+
+
+class Returned(_Message, frozen=True):
+    """One of this rank's requests to its engines has returned, or raised."""
+
+    rank: int
+    request: int = 0
+    error: RemoteError | None = None
+
+
+Event = Staged | Joined | Voted | Left | Returned
+
+
+# ── coordinator → rank, and the report ──────────────────────────────────────────────────────
+
+
+class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How one engine's worker ended.
+
+    `outcome`: "published", "published_unconfirmed", "kept" (its base, as before),
+    "quarantined" (its base, and not serving), "torn", or "lost" (dead or silent).
+    """
+
+    name: str
+    rank: int
+    outcome: str
+    digest: str | None = None
+    served_digest: str | None = None
+    way_back: str | None = None
+    pause_seconds: float | None = None
+    follower: bool = False
+    error: RemoteError | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update did. `bytes` is the version's size, `bytes_sent` what left a host's memory.
+
+    `outcome`: "published", "rolled_back" (weights had changed and were changed back) or
+    "aborted" (none had). `degraded` names followers that failed. `verified` is True when every
+    published replica recomputed the version's digest from its live parameters.
+    """
+
+    update: str
+    epoch: int
+    version: str
+    digest: str
+    base: str | None
+    mode: str
+    outcome: str
+    bytes: int
+    bytes_sent: int
+    seconds: dict[str, float]
+    pause_seconds: float | None
+    verified: bool
+    replicas: tuple[ReplicaReport, ...]
+    degraded: tuple[str, ...] = ()
+    reason: RemoteError | None = None
+    spans: tuple[Span, ...] = ()
+
+
+class Decision(_Message, frozen=True):
+    """What the coordinator has decided, for every rank.
+
+    Attributes:
+        step: "enter", "apply", "publish", "stop" or "end".
+        proceed: the sessions that go on with "apply" or "publish".
+        quarantine: those that stop although others go on, and must not serve.
+        report: with "end".
+    """
+
+    step: str
+    reason: str = ""
+    proceed: tuple[str, ...] = ()
+    quarantine: tuple[str, ...] = ()
+    report: Report | None = None

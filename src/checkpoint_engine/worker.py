@@ -1,0 +1,67 @@
+"""What an engine's worker calls to take an update: the name that vLLM and SGLang import.
+
+    update_weights_from_ipc(zmq_ctx, handles[device_uuid], "cpu", run=model.load_weights)
+
+returns when the new version is published, and raises if it is not, in which case the weights are
+those of before: the loader was not called, or was called again with the version before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from checkpoint_engine.adapters.callback import CallbackAdapter, Kept, Run
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.errors import AdapterError
+from checkpoint_engine.transport.handover import Attachments
+from checkpoint_engine.update import session
+
+__all__ = ["update_weights_from_ipc"]
+
+# The function has nowhere else to keep what a model was given last, which is its way back.
+_kept: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
+
+
+def update_weights_from_ipc(
+    zmq_ctx: object,
+    zmq_handle: str,
+    device_id: int | str,
+    *,
+    run: Run,
+    post_hook: Callable[[], object] | None = None,
+) -> None:
+    """Take one update through an engine's own loader.
+
+    Args:
+        zmq_ctx: accepted for compatibility; a handle is a Unix socket of its own protocol.
+        zmq_handle: the handle that the parameter server gave for this worker's device.
+        device_id: index of the worker's device, or "cpu".
+        run: takes a list of (name, tensor). On "cpu" the tensors are private views of staged
+            memory, valid as long as somebody holds them. A method of a model is remembered with
+            the model: the next update can go back to what this one brought.
+        post_hook: called after the last `run`.
+
+    Raises:
+        AdapterError: the update was not published; says why.
+        HandoverError: nobody that is trusted listens at the handle.
+    """
+    model = getattr(run, "__self__", None)
+    kept = _kept.get(model, Kept()) if model is not None else Kept()
+    adapter = CallbackAdapter(run, post_hook, _device(device_id), kept)
+    try:
+        outcome = session.run(zmq_handle, adapter, Attachments())
+    finally:
+        if model is not None:
+            _kept[model] = adapter.keep()
+    if outcome.state != "published":
+        raise AdapterError(f"the update was not published ({outcome.state}): {outcome.error}")
+
+
+def _device(device_id: int | str) -> torch.device:
+    if isinstance(device_id, str):
+        return torch.device(device_id)
+    return torch.device(DeviceManager().device_type, device_id)
