@@ -1,0 +1,250 @@
+"""A torch model's live parameters: what may be written into them, writing, and digesting.
+
+Every name of the model's state dict counts, tied names included; buffers that are not persistent
+are no part of a version. Copies and digests run chunk by chunk on a few threads, and a chunk is
+digested from the live parameter right after it was written, while it is in the cache: checking
+costs a fraction of a second pass.
+
+    live = LiveModel(model)
+    copies = live.bind(manifest, staged.tensor)      # refuses what does not fit
+    written = write(copies, pool)                    # digests of what is now live
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint_engine.codec.digest import chunk_digest, chunk_digests
+from checkpoint_engine.dtypes import dtype_name, torch_shape
+from checkpoint_engine.errors import AdapterError, VerificationError
+from checkpoint_engine.manifest import CHUNK_BYTES, Manifest, TensorMeta, version_digest
+
+__all__ = ["Copy", "LiveModel", "Storage", "check_written", "copy_workers", "write"]
+
+CASTABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+GROUP_BYTES = 8 << 20
+
+Storage = str | tuple[int, tuple[int, ...]]
+"""What tied tensors have in common: see `_storage`."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One live tensor and what is to be written into it.
+
+    Attributes:
+        name: the first of the tensor's names.
+        source: same shape; another dtype if it is to be cast.
+        target: the live tensor.
+        expected: chunk digests that the target must have afterwards.
+    """
+
+    name: str
+    source: torch.Tensor
+    target: torch.Tensor
+    expected: bytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes can be copied as they are, in any pieces."""
+        same = self.source.dtype == self.target.dtype
+        return same and self.source.is_contiguous() and self.target.is_contiguous()
+
+
+class LiveModel:
+    """The state dict of a model that is serving. Borrows the model; holds no copies."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self._not_persistent = buffers - set(self._tensors)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name of the state dict."""
+        return frozenset(self._tensors)
+
+    def bind(self, manifest: Manifest, source: Callable[[TensorMeta], torch.Tensor]) -> list[Copy]:
+        """Pair every live tensor with its new content.
+
+        What must be cast is cast here once, to know the digest that it will have.
+
+        Raises:
+            AdapterError: a name is unknown or missing, a shape differs, a dtype cannot be cast, or
+                two names that the model ties have different content.
+        """
+        metas = {
+            meta.name: meta for meta in manifest.tensors if meta.name not in self._not_persistent
+        }
+        self._check_names(metas)
+        copies: dict[Storage, Copy] = {}
+        for name, meta in metas.items():
+            target = self._tensors[name]
+            _check_fit(meta, source(meta), target)
+            key = _storage(name, target)
+            copy = Copy(name, source(meta), target, _expected(meta, source(meta), target))
+            first = copies.setdefault(key, copy)
+            if first.expected != copy.expected:
+                raise AdapterError(
+                    f"{name!r} and {first.name!r} are one tensor in this model, but differ in the "
+                    "checkpoint"
+                )
+        return list(copies.values())
+
+    def snapshot(self) -> list[Copy]:
+        """Private copies of every live tensor: a way back that needs nobody else."""
+        unique = {_storage(name, tensor): (name, tensor) for name, tensor in self._tensors.items()}
+        return [
+            Copy(name, tensor.clone(), tensor, _digests(tensor)) for name, tensor in unique.values()
+        ]
+
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """The version digest of the live tensors under these names (default all), recomputed."""
+        wanted = self._tensors.keys() if names is None else names
+        seen: dict[Storage, bytes] = {}
+        metas = []
+        for name in wanted:
+            tensor = self._tensors[name]
+            key = _storage(name, tensor)
+            if key not in seen:
+                seen[key] = _digests(tensor)
+            metas.append(_live_meta(name, tensor, seen[key]))
+        return version_digest(metas)
+
+    def digest_of(self, written: Mapping[Storage, bytes], names: Iterable[str]) -> str:
+        """The version digest under these names, from chunk digests that `write` has taken."""
+        return version_digest(
+            _live_meta(name, self._tensors[name], written[_storage(name, self._tensors[name])])
+            for name in names
+        )
+
+    def _check_names(self, metas: Mapping[str, TensorMeta]) -> None:
+        unknown = sorted(set(metas) - set(self._tensors))
+        if unknown:
+            raise AdapterError(f"the model has no tensor {unknown[0]!r}{_more(unknown)}")
+        given = {_storage(name, self._tensors[name]) for name in metas}
+        missing = sorted(
+            name for name, tensor in self._tensors.items() if _storage(name, tensor) not in given
+        )
+        if missing:
+            raise AdapterError(f"the checkpoint lacks {missing[0]!r}{_more(missing)}")
+
+
+def copy_workers() -> ThreadPoolExecutor:
+    """Threads that copy and digest, each with one thread of torch's own."""
+    num_threads = min(4, torch.get_num_threads())
+    return ThreadPoolExecutor(
+        num_threads,
+        thread_name_prefix="ckpt-copy",
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+
+
+def write(copies: Sequence[Copy], pool: Executor) -> dict[Storage, bytes]:
+    """Write every source into its target; returns what is live now, by storage.
+
+    The digests are recomputed from the targets, chunk by chunk, after each was written.
+    """
+    tasks = [task for copy in copies for task in _tasks(copy)]
+    results = itertools.chain.from_iterable(pool.map(_run_group, _grouped(tasks)))
+    written: dict[Storage, bytes] = {}
+    for (copy, _, _), digest in zip(tasks, results, strict=True):
+        key = _storage(copy.name, copy.target)
+        written[key] = written.get(key, b"") + digest
+    return written
+
+
+def check_written(copies: Iterable[Copy], written: Mapping[Storage, bytes]) -> None:
+    """Compare what is live with what was to be written.
+
+    Raises:
+        VerificationError: a tensor differs; names it.
+    """
+    for copy in copies:
+        if written[_storage(copy.name, copy.target)] != copy.expected:
+            raise VerificationError(f"{copy.name!r} is live with other bytes than were sent")
+
+
+_Task = tuple[Copy, int, int]
+
+
+def _tasks(copy: Copy) -> list[_Task]:
+    """A copy's pieces: chunks where bytes can be copied as they are, else all at once."""
+    length = copy.target.nbytes
+    if not copy.is_plain or length == 0:
+        return [(copy, 0, length)]
+    return [(copy, at, min(at + CHUNK_BYTES, length)) for at in range(0, length, CHUNK_BYTES)]
+
+
+def _grouped(tasks: Sequence[_Task]) -> list[list[_Task]]:
+    """Small pieces together, so that handing them to a thread costs nothing."""
+    groups: list[list[_Task]] = [[]]
+    group_bytes = 0
+    for task in tasks:
+        num_bytes = task[2] - task[1]
+        if groups[-1] and group_bytes + num_bytes > GROUP_BYTES:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(task)
+        group_bytes += num_bytes
+    return groups
+
+
+def _run_group(tasks: Sequence[_Task]) -> list[bytes]:
+    return [_run(*task) for task in tasks]
+
+
+def _run(copy: Copy, start: int, end: int) -> bytes:
+    with torch.inference_mode():
+        if not copy.is_plain:
+            copy.target.copy_(copy.source)
+            return _digests(copy.target)
+        target = _bytes(copy.target)[start:end]
+        target.copy_(_bytes(copy.source)[start:end])
+        return chunk_digest(target.numpy().data) if end > start else b""
+
+
+def _expected(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> bytes:
+    if source.dtype == target.dtype:
+        return meta.chunk_digests
+    return _digests(source.to(target.dtype))
+
+
+def _check_fit(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> None:
+    if torch_shape(meta.dtype, meta.shape) != tuple(target.shape):
+        raise AdapterError(
+            f"{meta.name!r}: the checkpoint has shape {list(meta.shape)}, the model "
+            f"{list(target.shape)}"
+        )
+    if source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
+        raise AdapterError(f"{meta.name!r}: {source.dtype} is not cast to {target.dtype}")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _digests(tensor: torch.Tensor) -> bytes:
+    return chunk_digests(_bytes(tensor.contiguous()).numpy().data)
+
+
+def _live_meta(name: str, tensor: torch.Tensor, digests: bytes) -> TensorMeta:
+    dtype, shape = dtype_name(tensor)
+    return TensorMeta(
+        name=name, dtype=dtype, shape=shape, offset=0, length=tensor.nbytes, chunk_digests=digests
+    )
+
+
+def _storage(name: str, tensor: torch.Tensor) -> Storage:
+    """Equal for tied tensors; empty ones are never tied."""
+    return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else name
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

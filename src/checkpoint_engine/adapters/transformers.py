@@ -1,0 +1,169 @@
+"""A transformers model that serves in this process.
+
+Everything that can be prepared is prepared while requests go on: the staged bytes are verified,
+names, shapes and dtypes checked, casts computed, and the way back secured. The way back is the
+version before, which is kept in its staged memory; before the first update it is a snapshot of the
+parameters. Requests wait only while bytes are copied and digested.
+
+    adapter = TransformersAdapter(model, identity, serving)
+    outcome = session.run(handle, adapter, attachments)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from checkpoint_engine.adapters.base import Identity, Served
+from checkpoint_engine.adapters.live import (
+    Copy,
+    LiveModel,
+    Storage,
+    check_written,
+    copy_workers,
+    write,
+)
+from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.errors import VerificationError
+from checkpoint_engine.manifest import Version
+
+__all__ = ["Serving", "TransformersAdapter"]
+
+
+class Serving(Protocol):
+    """The server around the model."""
+
+    def accept(self, version: Version) -> None:
+        """Raise UpdateRefused if this is not the version that was asked for."""
+        ...
+
+    def hold(self, timeout_seconds: float) -> None:
+        """Stop requests at a token boundary; until `release`, weights may change."""
+        ...
+
+    def publish(self, version: Version, served: Served) -> None:
+        """Label what is served now, then drop the caches that are stale."""
+        ...
+
+    def release(self) -> None:
+        """Weights no longer change: let requests go on."""
+        ...
+
+    def quarantine(self, reason: str) -> None:
+        """Be unhealthy until the next update."""
+        ...
+
+    def tear(self, reason: str) -> None:
+        """Stay paused and unhealthy."""
+        ...
+
+
+class TransformersAdapter:
+    """See the module's text; the methods are those of `adapters.base.Adapter`."""
+
+    def __init__(self, model: torch.nn.Module, identity: Identity, serving: Serving) -> None:
+        self.identity = identity
+        self.epoch = 0
+        self.undecided: str | None = None
+        self._live = LiveModel(model)
+        self._serving = serving
+        self._names = self._live.names
+        self._served = Served(digest=self._live.digest(), served_digest=self._live.digest())
+        self._staged: Staged | None = None
+        self._incoming: Staged | None = None
+        self._version: Version | None = None
+        self._copies: list[Copy] = []
+        self._back: list[Copy] = []
+        self._written: dict[Storage, bytes] = {}
+        self._next: Served | None = None
+
+    def recompute(self) -> Served:
+        """Digest the live parameters now. Weights must not change meanwhile."""
+        return Served(digest=self._live.digest(self._names), served_digest=self._live.digest())
+
+    def base(self) -> str | None:
+        """Digest of what is served, as it was last computed from live parameters."""
+        return self._served.digest
+
+    def prepare(self, staged: Staged, version: Version) -> str:
+        """See the module's text.
+
+        Raises:
+            VerificationError: the staged bytes are not the version's.
+            AdapterError: the version does not fit the model.
+        """
+        self._incoming, self._version = staged, version
+        self._serving.accept(version)
+        with copy_workers() as pool:
+            staged.verify(pool)
+        self._copies = self._live.bind(staged.manifest, staged.tensor)
+        if self._staged is not None:
+            self._back = self._live.bind(self._staged.manifest, self._staged.tensor)
+            return "staged"
+        self._back = self._live.snapshot()
+        return "snapshot"
+
+    def abort(self) -> None:
+        """Release the staged version."""
+        self._copies, self._back, self._written = [], [], {}
+        if self._incoming is not None:
+            self._incoming.release()
+        self._incoming = self._version = self._next = None
+
+    def pause(self, timeout_seconds: float) -> None:
+        """Wait for the token boundary."""
+        self._serving.hold(timeout_seconds)
+
+    def apply(self) -> None:
+        """Copy every chunk and digest it where it landed."""
+        with copy_workers() as pool:
+            self._written = write(self._copies, pool)
+
+    def check(self) -> Served:
+        """Compare the digests of the live parameters with those of the version."""
+        assert self._incoming is not None, "prepare comes before check"
+        check_written(self._copies, self._written)
+        names = self._live.names & {meta.name for meta in self._incoming.manifest.tensors}
+        self._next = Served(
+            digest=self._live.digest_of(self._written, names),
+            served_digest=self._live.digest_of(self._written, self._live.names),
+        )
+        return self._next
+
+    def publish(self) -> None:
+        """Label, caches; the version before is no longer needed."""
+        assert self._next is not None, "check comes before publish"
+        assert self._incoming is not None, "prepare comes before publish"
+        assert self._version is not None, "prepare comes before publish"
+        self._served, self._next = self._next, None
+        self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
+        before, self._staged, self._incoming = self._staged, self._incoming, None
+        self._copies, self._back, self._written = [], [], {}
+        if before is not None:
+            before.release()
+        self._serving.publish(self._version, self._served)
+
+    def roll_back(self) -> None:
+        """Write the base again and check that it is what was served before.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        with copy_workers() as pool:
+            check_written(self._back, write(self._back, pool))
+        if self._live.digest() != self._served.served_digest:
+            raise VerificationError("the way back did not lead to what was served before")
+        self.abort()
+
+    def resume(self) -> None:
+        """Let requests go on."""
+        self._serving.release()
+
+    def quarantine(self, reason: str) -> None:
+        """Keep the replica out of service until the next update."""
+        self._serving.quarantine(reason)
+
+    def tear(self, reason: str) -> None:
+        """Stay paused; the parameters are of no version."""
+        self._serving.tear(reason)

@@ -1,0 +1,76 @@
+"""`ckpt-engine replica`: an inference server whose weights can be replaced while it serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoint_engine.cli.console import out
+from checkpoint_engine.errors import UsageError
+
+__all__ = ["replica"]
+
+STOP_SECONDS = 30.0
+
+
+def replica(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder of the model.")],
+    host: Annotated[str, typer.Option(help="Beyond loopback a token is compulsory.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    wait_for_initial_weights: Annotated[
+        bool, typer.Option("--wait-for-initial-weights", help="Serve nothing before an update.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="What reports call it.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token; else $CKPT_ENGINE_TOKEN.")
+    ] = None,
+) -> None:
+    """Serve a model with an OpenAI-compatible API, and take weight updates while serving."""
+    from checkpoint_engine.device_utils import device_uuid
+    from checkpoint_engine.replica.replica import load_replica
+    from checkpoint_engine.replica.server import check_binding, create_app, serve
+
+    token = _token(token_file)
+    check_binding(host, token)
+    called = name or f"replica {os.getpid()}"
+    served = load_replica(
+        model,
+        name=called,
+        load_format=load_format,
+        wait_for_initial_weights=wait_for_initial_weights,
+    )
+    application = create_app(
+        served, token=token, model_name=str(model), device_uuid=device_uuid("cpu")
+    )
+
+    def announce(bound_port: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        out.print(f"{called} serves {model} on http://{shown}:{bound_port}", soft_wrap=True)
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    served.engine.start()
+    try:
+        serve(application, host, port, ready=announce)
+    finally:
+        served.engine.stop(STOP_SECONDS)
+
+
+def _token(token_file: Path | None) -> str | None:
+    """The token, without the newline that a file ends in."""
+    if token_file is None:
+        return os.environ.get("CKPT_ENGINE_TOKEN") or None
+    try:
+        token = token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{token_file}: the token cannot be read: {error}") from error
+    if not token:
+        raise UsageError(f"{token_file}: holds no token")
+    return token

@@ -1,0 +1,238 @@
+"""One replica: a model that serves, what it is called, and how it is updated.
+
+The replica is what the adapter calls the server around its model: it pauses generation, changes the
+label, and says truthfully what state it is in. Digests are recomputed from the live parameters
+whenever they are asked for.
+
+    replica = load_replica(folder, load_format="auto", wait_for_initial_weights=False)
+    replica.engine.start()
+    serve(create_app(replica, ...), host, port)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from checkpoint_engine.adapters.base import Identity, Served
+from checkpoint_engine.adapters.transformers import TransformersAdapter
+from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UpdateRefused, UsageError
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.replica.engine import Engine
+from checkpoint_engine.transport.handover import Attachments
+from checkpoint_engine.update import session
+
+__all__ = ["Replica", "load_replica"]
+
+INFO_SECONDS = 120.0
+PAUSE_SECONDS = 60.0
+HISTORY_LENGTH = 100
+
+
+class Replica:
+    """A model, the engine that generates from it, and the adapter that updates it.
+
+    Args:
+        model: a causal LM on the CPU; its parameters are changed in place.
+        tokenizer: the model's.
+        name: what reports call this replica.
+        label: weight version of the parameters as they are; None if they are no version, and the
+            replica serves nothing before its first update.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        label: str | None,
+    ) -> None:
+        self.engine = Engine(model, tokenizer)
+        self._adapter = TransformersAdapter(
+            model, Identity(replica=name, engine=f"process {os.getpid()}"), self
+        )
+        self._attachments = Attachments()
+        self._updating = threading.Lock()
+        # Held while weights change, so that nobody digests half of each version.
+        self._weights = threading.Lock()
+        self._label = label
+        self._history: list[dict[str, Any]] = []
+        self._trouble: tuple[str, str] | None = None
+        self._held_by_operator = self._flush_cache = self._stale_cache = False
+        self._expected_label: str | None = None
+        if label is None:
+            self.engine.set_accepting("the replica waits for its first weights")
+        else:
+            digest = self._adapter.base() or ""
+            self.engine.set_version(label, digest)
+            self._remember(label, digest)
+
+    @property
+    def state(self) -> str:
+        """One of torn, quarantined, updating, waiting, paused, serving."""
+        if self._trouble is not None:
+            return self._trouble[0]
+        if self._label is None:
+            return "waiting"
+        if self._updating.locked():
+            return "updating"
+        return "paused" if self._held_by_operator else "serving"
+
+    def info(self) -> dict[str, Any]:
+        """The label, both digests as the live parameters have them now, state and history."""
+        with self._stable_weights():
+            served = self._adapter.recompute()
+            return {
+                "weight_version": self._label,
+                "digest": served.digest,
+                "served_digest": served.served_digest,
+                "state": self.state,
+                "reason": self._trouble[1] if self._trouble else None,
+                "history": list(self._history),
+            }
+
+    def update(self, handle: str, *, weight_version: str | None, flush_cache: bool) -> None:
+        """Take one update, from greeting to resume.
+
+        Args:
+            handle: of the rank that serves this replica.
+            weight_version: the label that must be offered; None for any.
+            flush_cache: recompute the cache of requests in flight under the new weights.
+
+        Raises:
+            UpdateRefused: another update is under way.
+            UpdateFailed: it was not published; says why. The state says what is served.
+        """
+        if not self._updating.acquire(blocking=False):
+            raise UpdateRefused("another update of this replica is under way; try again later")
+        try:
+            self._flush_cache, self._expected_label = flush_cache, weight_version
+            outcome = session.run(handle, self._adapter, self._attachments)
+        finally:
+            self._updating.release()
+        if outcome.state != "published":
+            raise UpdateFailed(f"the update was not published: {outcome.error}")
+
+    def pause(self) -> None:
+        """The operator's pause: requests wait, updates still go through."""
+        self._held_by_operator = True
+        self.engine.pause(PAUSE_SECONDS)
+
+    def resume(self) -> None:
+        """End the operator's pause. During an update's pause, or when torn, requests still wait."""
+        self._held_by_operator = False
+        if not self._weights.locked():
+            self._go_on()
+
+    # ── what the adapter asks of the server around its model ────────────────────────────────
+
+    def accept(self, version: Version) -> None:
+        """Refuse a version other than the one that the caller named."""
+        if self._expected_label not in (None, version.label):
+            raise UpdateRefused(
+                f"weight version {self._expected_label!r} was asked for, {version.label!r} offered"
+            )
+
+    def hold(self, timeout_seconds: float) -> None:
+        """Stop at a token boundary; from here on the weights are the adapter's."""
+        if not self._weights.acquire(timeout=timeout_seconds):
+            raise DeadlineExceeded("the weights are still being digested; try again")
+        try:
+            self.engine.pause(timeout_seconds)
+        except DeadlineExceeded:
+            self._weights.release()
+            raise
+
+    def publish(self, version: Version, served: Served) -> None:
+        """Label first, then caches: what is served never has another version's name."""
+        digest = served.digest or ""
+        self._label, self._trouble = version.label, None
+        self.engine.set_version(version.label, digest)
+        self._remember(version.label, digest)
+        self._stale_cache = self._stale_cache or self._flush_cache
+        self.engine.set_accepting(None)
+
+    def release(self) -> None:
+        """Let requests go on, unless the operator holds them."""
+        self._weights.release()
+        if not self._held_by_operator:
+            self._go_on()
+
+    def quarantine(self, reason: str) -> None:
+        """Refuse requests, and be unhealthy, until an update has been published here."""
+        self._trouble = ("quarantined", reason)
+        self.engine.set_accepting(f"the replica is quarantined: {reason}")
+
+    def tear(self, reason: str) -> None:
+        """The parameters are of no version: fail what is in flight and serve nothing."""
+        self._trouble = ("torn", reason)
+        self.engine.set_accepting(f"the replica's weights are torn: {reason}")
+        self.engine.fail_all(f"the replica's weights are torn: {reason}")
+
+    @contextmanager
+    def _stable_weights(self) -> Iterator[None]:
+        """Wait out a pause in which weights change; a torn replica's do not change any more."""
+        torn = self.state == "torn"
+        if not torn and not self._weights.acquire(timeout=INFO_SECONDS):
+            raise DeadlineExceeded("the weights are still changing; ask again later")
+        try:
+            yield
+        finally:
+            if not torn:
+                self._weights.release()
+
+    def _go_on(self) -> None:
+        self.engine.resume(flush_cache=self._stale_cache)
+        self._stale_cache = False
+
+    def _remember(self, label: str, digest: str) -> None:
+        self._history.append({"weight_version": label, "digest": digest, "at": time.time()})
+        del self._history[:-HISTORY_LENGTH]
+
+
+def load_replica(
+    folder: Path, *, name: str, load_format: str, wait_for_initial_weights: bool
+) -> Replica:
+    """A replica from a Hugging Face folder.
+
+    Args:
+        folder: configuration, tokenizer and, with "auto", weights.
+        name: what reports call it.
+        load_format: "auto" loads the weights, "dummy" makes random ones.
+        wait_for_initial_weights: serve nothing before the first update.
+
+    Raises:
+        UsageError: the folder or the load format is not usable.
+    """
+    if load_format not in ("auto", "dummy"):
+        raise UsageError(f"--load-format is auto or dummy, not {load_format!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if load_format == "auto":
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype="auto"
+            )
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=config.dtype or torch.float32
+            )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    label = None if wait_for_initial_weights else {"auto": "initial", "dummy": "dummy"}[load_format]
+    return Replica(model, tokenizer, name=name, label=label)
