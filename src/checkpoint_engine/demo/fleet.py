@@ -1,0 +1,208 @@
+"""Replica processes, and requests that never stop.
+
+Replicas are children started as anybody would start them, `ckpt-engine replica`, and spoken to over
+HTTP. Requests are sent to each of them all the while, so that an update that disturbs serving, or
+an answer whose weight versions do not add up, is noticed.
+
+    with Fleet.start(folder, num_replicas=2, log_dir=log_dir) as fleet, Traffic(fleet, prompts):
+        ...
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from checkpoint_engine.errors import AdapterError, DeadlineExceeded, PeerLost
+
+__all__ = ["Fleet", "Replica", "Traffic"]
+
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+REQUEST_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A running replica."""
+
+    name: str
+    endpoint: str
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[dict[str, Any]]:
+        """The choices of one completion request, in order; raises AdapterError if refused."""
+        body = {"prompt": [list(prompt) for prompt in prompts], "return_token_ids": True, **options}
+        response = httpx.post(f"{self.endpoint}/v1/completions", json=body, timeout=REQUEST_SECONDS)
+        if response.is_error:
+            raise AdapterError(f"{self.name}: {response.status_code}: {response.text[:500]}")
+        choices: list[dict[str, Any]] = response.json()["choices"]
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def weight_info(self) -> Mapping[str, Any]:
+        """What it serves; see `ckpt-engine replica`."""
+        response = httpx.get(f"{self.endpoint}/weight_info", timeout=REQUEST_SECONDS)
+        response.raise_for_status()
+        info: dict[str, Any] = response.json()
+        return info
+
+
+class Fleet:
+    """Replica processes. Owns them: they are gone when this is closed."""
+
+    def __init__(self, replicas: Sequence[Replica], children: Sequence[subprocess.Popen[str]]):
+        self.replicas = tuple(replicas)
+        self._children = list(children)
+
+    @classmethod
+    def start(cls, folder: Path, *, num_replicas: int, log_dir: Path, token: str) -> Fleet:
+        """Start replicas of the model in `folder` and wait until they serve.
+
+        Raises:
+            PeerLost: one died; its last words are in the message.
+            DeadlineExceeded: one does not answer.
+        """
+        fleet = cls((), [])
+        try:
+            for number in range(num_replicas):
+                fleet._children.append(_spawn(folder, f"replica-{number}", log_dir, token))
+            deadline = time.monotonic() + START_SECONDS
+            fleet.replicas = tuple(
+                Replica(f"replica-{number}", _endpoint(child, deadline, log_dir, number))
+                for number, child in enumerate(fleet._children)
+            )
+        except BaseException:
+            fleet.close()
+            raise
+        return fleet
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The replicas' URLs."""
+        return [replica.endpoint for replica in self.replicas]
+
+    def close(self) -> None:
+        """Ask the replicas to end, and end those that do not."""
+        for child in self._children:
+            child.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for child in self._children:
+            try:
+                child.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait(STOP_SECONDS)
+            if child.stdout is not None:
+                child.stdout.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Traffic:
+    """One client for each replica that asks for completions, one after the other, until stopped."""
+
+    def __init__(self, fleet: Fleet, prompts: Sequence[Sequence[int]], num_tokens: int = 24):
+        self.num_answered = self.num_failed = self.num_across_versions = 0
+        self.failures: list[str] = []
+        self._prompts, self._num_tokens = prompts, num_tokens
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(replica,), name="demo-traffic", daemon=True)
+            for replica in fleet.replicas
+        ]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(REQUEST_SECONDS)
+
+    def _ask(self, replica: Replica) -> None:
+        number = 0
+        while not self._stopped.is_set():
+            prompt = self._prompts[number % len(self._prompts)]
+            number += 1
+            try:
+                (choice,) = replica.generate([prompt], max_tokens=self._num_tokens, seed=number)
+                problem = _misfit(choice)
+            except (AdapterError, httpx.HTTPError) as error:
+                problem, choice = f"{replica.name}: {error}", {"weight_versions": []}
+            with self._lock:
+                self.num_answered += problem is None
+                self.num_failed += problem is not None
+                self.num_across_versions += len(choice["weight_versions"]) > 1
+                if problem is not None:
+                    self.failures.append(problem)
+            self._stopped.wait(0.05)  # leaves some of two cores to the trainer
+
+
+def _misfit(choice: Mapping[str, Any]) -> str | None:
+    """Why the weight versions of an answer do not cover its tokens, if they do not."""
+    covered = 0
+    for span in choice["weight_versions"]:
+        if span["start"] != covered or span["end"] <= covered:
+            return f"weight versions overlap or leave a hole at token {covered}"
+        covered = span["end"]
+    num_tokens = len(choice["token_ids"])
+    return None if covered == num_tokens else f"{covered} of {num_tokens} tokens have a version"
+
+
+def _spawn(folder: Path, name: str, log_dir: Path, token: str) -> subprocess.Popen[str]:
+    arguments = ["--model", str(folder), "--port", "0", "--name", name]
+    environment = {
+        **os.environ,
+        "CKPT_ENGINE_TOKEN": token,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with (log_dir / f"{name}.log").open("w") as log:
+        return subprocess.Popen(  # noqa: S603 - our own command, typed arguments
+            [sys.executable, "-m", "checkpoint_engine", "replica", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+
+
+def _endpoint(child: subprocess.Popen[str], deadline: float, log_dir: Path, number: int) -> str:
+    """The URL that a replica announces on its first line."""
+    assert child.stdout is not None, "its output is a pipe"
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        if not selector.select(max(0.0, deadline - time.monotonic())):
+            raise DeadlineExceeded(f"replica-{number} does not serve after {START_SECONDS:.0f} s")
+    line = child.stdout.readline()
+    if not line:
+        words = (log_dir / f"replica-{number}.log").read_text()[-2000:]
+        raise PeerLost(f"replica-{number} ended before it served: {words}")
+    return line.split()[-1]
+
+
+def new_token() -> str:
+    """A bearer token for one demo."""
+    return secrets.token_urlsafe(24)
