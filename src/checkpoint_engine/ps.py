@@ -31,7 +31,7 @@ from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import ManifestError, UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest, decode_manifest
 from checkpoint_engine.registry import Registry, state_dir
-from checkpoint_engine.sources import JoinedSource
+from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -122,8 +122,14 @@ class ParameterServer:
             StoreError: the name is taken, or memory does not suffice.
         """
         source = JoinedSource(files or (), named_tensors or {})
+        self.register_source(checkpoint_name, source, pooled=use_shared_memory_pool)
+
+    def register_source(
+        self, checkpoint_name: str, source: Source, *, pooled: bool = False
+    ) -> None:
+        """Register this rank's shard from any source, which is closed; else as above."""
         try:
-            self._store.register(checkpoint_name, source, pooled=use_shared_memory_pool)
+            self._store.register(checkpoint_name, source, pooled=pooled)
         finally:
             source.close()
 

@@ -31,10 +31,13 @@ def replica(
     ] = None,
 ) -> None:
     """Serve a model with an OpenAI-compatible API, and take weight updates while serving."""
+    from transformers.utils import logging as transformers_logging
+
     from checkpoint_engine.device_utils import device_uuid
     from checkpoint_engine.replica.replica import load_replica
     from checkpoint_engine.replica.server import check_binding, create_app, serve
 
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     token = _token(token_file)
     check_binding(host, token)
     called = name or f"replica {os.getpid()}"

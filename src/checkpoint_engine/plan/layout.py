@@ -7,7 +7,7 @@ layout and a segment of store memory can be reused from version to version.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from checkpoint_engine.dtypes import num_bytes
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.manifest import TensorMeta, align
 
-__all__ = ["TensorSpec", "lay_out"]
+__all__ = ["TensorSpec", "lay_out", "share"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,3 +54,18 @@ def lay_out(specs: Iterable[TensorSpec]) -> tuple[TensorMeta, ...]:
             )
         offset = align(offset + length)
     return tuple(tensors)
+
+
+def share(specs: Sequence[TensorSpec], index: int, num_shares: int) -> list[TensorSpec]:
+    """One of `num_shares` parts of about equal bytes: a run of the tensors in their order.
+
+    Together the shares are all tensors, each once.
+    """
+    total_bytes = sum(num_bytes(spec.dtype, spec.shape) for spec in specs)
+    taken, seen_bytes = [], 0
+    for spec in specs:
+        # A tensor belongs to the share in which its first byte falls.
+        if min(num_shares - 1, seen_bytes * num_shares // max(1, total_bytes)) == index:
+            taken.append(spec)
+        seen_bytes += num_bytes(spec.dtype, spec.shape)
+    return taken

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from checkpoint_engine.plan.layout import TensorSpec
+from checkpoint_engine.plan.layout import TensorSpec, share
 from checkpoint_engine.sources.base import Source
 from checkpoint_engine.sources.safetensors import SafetensorsSource, safetensors_files
 from checkpoint_engine.sources.tensors import TensorSource
@@ -14,7 +14,14 @@ from checkpoint_engine.sources.tensors import TensorSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["JoinedSource", "SafetensorsSource", "Source", "TensorSource", "safetensors_files"]
+__all__ = [
+    "JoinedSource",
+    "SafetensorsSource",
+    "Share",
+    "Source",
+    "TensorSource",
+    "safetensors_files",
+]
 
 
 class JoinedSource:
@@ -41,3 +48,22 @@ class JoinedSource:
         """Close the files and let go of the tensors."""
         self._files.close()
         self._tensors.close()
+
+
+class Share:
+    """One rank's part of a source that every rank can read. Owns the source."""
+
+    def __init__(self, source: Source, index: int, num_shares: int) -> None:
+        self._source, self._index, self._num_shares = source, index, num_shares
+
+    def specs(self) -> Sequence[TensorSpec]:
+        """The tensors of this part."""
+        return share(self._source.specs(), self._index, self._num_shares)
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` from the source."""
+        self._source.read_into(name, start, out)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()

@@ -203,14 +203,14 @@ def _haul(
         haul = hauls[bucket.index]
         collective.broadcast(haul.memory, haul.root, timeout_seconds)
 
-    def apply(bucket: Bucket, slot: int) -> None:
+    def arrive(bucket: Bucket, slot: int) -> None:
         if hauls[bucket.index].root != collective.index:
             _check(bucket, hauls[bucket.index].memory, "on arrival")
 
     try:
         run_pipeline(
             buckets,
-            {"fill": fill, "move": move, "verify": apply},
+            {"fill": fill, "move": move, "arrive": arrive},
             timeline,
             timeout_seconds=timeout_seconds,
         )

@@ -1,0 +1,158 @@
+"""`ckpt-engine update`: bring running engines to a checkpoint, from a shell.
+
+Alone it serves every engine from one process. Under torchrun each rank reads its share of the
+checkpoint and leads the engine at its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from checkpoint_engine.cli.console import new_table, out, print_json, printable, working
+from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
+
+if TYPE_CHECKING:
+    from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.update.protocol import Report
+
+__all__ = ["update"]
+
+REACH_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+
+
+def update(
+    checkpoint_path: Annotated[Path, typer.Option(help="Safetensors file, or HF folder.")],
+    endpoint: Annotated[
+        list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
+    ] = None,
+    inference_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
+    ] = 1,
+    checkpoint_name: Annotated[
+        str, typer.Option(help="What to register it as.")
+    ] = "my-checkpoint-iter-0",
+    weight_version: Annotated[
+        str | None, typer.Option(help="Label that engines show; default the checkpoint's name.")
+    ] = None,
+    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
+    update_method: Annotated[str, typer.Option(help="broadcast.")] = "broadcast",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 600.0,
+    on_failure: Annotated[str, typer.Option(help="rollback or quarantine.")] = "rollback",
+    min_replicas: Annotated[
+        int, typer.Option(min=1, help="With quarantine: engines that must be left.")
+    ] = 1,
+    require_rollback: Annotated[
+        bool, typer.Option("--require-rollback", help="Refuse engines without a way back.")
+    ] = False,
+    sleep_time: Annotated[float, typer.Option(min=0, help="Seconds to stay afterwards.")] = 0.0,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Update running engines to a checkpoint, all of them or none."""
+    if update_method != "broadcast":
+        raise UsageError(f"--update-method {update_method} is not available yet; use broadcast")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise UsageError(f"{report}: its folder does not exist")
+    endpoints = endpoint or ["http://localhost:19730"]
+
+    from checkpoint_engine.calls import engine_requests
+    from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.sources import SafetensorsSource, Share, safetensors_files
+
+    server = ParameterServer()
+    try:
+        requests = engine_requests(
+            endpoints,
+            rank=server.rank,
+            world_size=server.world_size,
+            inference_parallel_size=inference_parallel_size,
+            timeout_seconds=timeout,
+            uds=uds,
+        )
+        with working(f"reading {checkpoint_path}", server.rank == 0):
+            source = SafetensorsSource(safetensors_files(checkpoint_path))
+            part = Share(source, server.rank, server.world_size)
+            server.register_source(checkpoint_name, part)
+        with working("waiting for engines and ranks", server.rank == 0):
+            if requests:
+                _reach(endpoints, uds)
+            server.gather_metas(checkpoint_name)
+        with working("updating", server.rank == 0):
+            result = server.update(
+                checkpoint_name,
+                requests,
+                timeout=timedelta(seconds=timeout),
+                weight_version=weight_version,
+                on_failure=on_failure,
+                min_replicas=min_replicas,
+                require_rollback=require_rollback,
+                report=report,
+            )
+        _show(server, result, as_json=as_json)
+        time.sleep(sleep_time)
+    except UpdateFailed as failure:
+        if as_json and failure.report is not None:
+            _show(server, failure.report, as_json=True)
+        raise
+    finally:
+        server.close()
+
+
+def _reach(endpoints: Sequence[str], uds: str | None) -> None:
+    """Wait until every engine answers; one that waits for its first weights may be unhealthy.
+
+    Raises:
+        DeadlineExceeded: one does not answer; says which, and why.
+    """
+    import httpx
+
+    deadline = time.monotonic() + REACH_SECONDS
+    for endpoint in endpoints:
+        while True:
+            transport = httpx.HTTPTransport(uds=uds, verify=endpoint.startswith("https:"))
+            try:
+                with httpx.Client(transport=transport, timeout=10.0) as client:
+                    client.get(f"{endpoint.rstrip('/')}/health")
+                break
+            except httpx.UnsupportedProtocol as error:
+                raise UsageError(f"--endpoint {endpoint}: {error}") from error
+            except httpx.HTTPError as error:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(
+                        f"{endpoint} does not answer after {REACH_SECONDS:.0f} s: {error}; is the "
+                        "engine up, and the address right?"
+                    ) from error
+            time.sleep(RETRY_SECONDS)
+
+
+def _show(server: ParameterServer, result: Report, *, as_json: bool) -> None:
+    if server.rank != 0:
+        return
+    if as_json:
+        print_json(result)
+        return
+    table = new_table("replica", "outcome", "digest", "way back", "pause")
+    for replica in result.replicas:
+        pause = f"{1000 * replica.pause_seconds:.1f} ms" if replica.pause_seconds else "-"
+        table.add_row(
+            printable(replica.name),
+            replica.outcome,
+            (replica.digest or "not shown")[:16],
+            replica.way_back or "-",
+            pause,
+        )
+    out.print(table)
+    stages = ", ".join(f"{name} {1000 * s:.1f}" for name, s in result.seconds.items())
+    out.print(
+        f"{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB, digest "
+        f"{result.digest[:16]}, {'verified' if result.verified else 'verified where staged'}; "
+        f"ms: {stages}",
+        soft_wrap=True,
+    )
