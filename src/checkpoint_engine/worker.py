@@ -53,7 +53,7 @@ def update_weights_from_ipc(
     kept = _kept.get(model, Kept()) if model is not None else Kept()
     adapter = CallbackAdapter(run, post_hook, _device(device_id), kept)
     try:
-        outcome = session.run(zmq_handle, adapter, Attachments())
+        outcome = session.run(zmq_handle, adapter, Attachments(keep_maps=False))
     finally:
         if model is not None:
             _kept[model] = adapter.keep()

@@ -77,6 +77,7 @@ class TransformersAdapter:
         self._back: list[Copy] = []
         self._written: dict[Storage, bytes] = {}
         self._next: Served | None = None
+        self._torn = False
 
     def recompute(self) -> Served:
         """Digest the live parameters now. Weights must not change meanwhile."""
@@ -139,6 +140,7 @@ class TransformersAdapter:
         self._served, self._next = self._next, None
         self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
         before, self._staged, self._incoming = self._staged, self._incoming, None
+        self._torn = False
         self._copies, self._back, self._written = [], [], {}
         if before is not None:
             before.release()
@@ -154,11 +156,13 @@ class TransformersAdapter:
             check_written(self._back, write(self._back, pool))
         if self._live.digest() != self._served.served_digest:
             raise VerificationError("the way back did not lead to what was served before")
+        self._torn = False
         self.abort()
 
     def resume(self) -> None:
-        """Let requests go on."""
-        self._serving.release()
+        """Let requests go on, unless the parameters are of no version."""
+        if not self._torn:
+            self._serving.release()
 
     def quarantine(self, reason: str) -> None:
         """Keep the replica out of service until the next update."""
@@ -166,4 +170,6 @@ class TransformersAdapter:
 
     def tear(self, reason: str) -> None:
         """Stay paused; the parameters are of no version."""
+        self._torn = True
+        self.abort()
         self._serving.tear(reason)

@@ -66,7 +66,7 @@ class Replica:
         self._adapter = TransformersAdapter(
             model, Identity(replica=name, engine=f"process {os.getpid()}"), self
         )
-        self._attachments = Attachments()
+        self._attachments = Attachments(keep_maps=True)
         self._updating = threading.Lock()
         # Held while weights change, so that nobody digests half of each version.
         self._weights = threading.Lock()
@@ -150,6 +150,8 @@ class Replica:
 
     def hold(self, timeout_seconds: float) -> None:
         """Stop at a token boundary; from here on the weights are the adapter's."""
+        if self.state == "torn":
+            return  # held since it was torn; this update may mend it
         if not self._weights.acquire(timeout=timeout_seconds):
             raise DeadlineExceeded("the weights are still being digested; try again")
         try:
@@ -168,7 +170,10 @@ class Replica:
         self.engine.set_accepting(None)
 
     def release(self) -> None:
-        """Let requests go on, unless the operator holds them."""
+        """The weights are whole again: let requests go on, unless the operator holds them."""
+        if self._trouble is not None and self._trouble[0] == "torn":
+            self._trouble = None
+            self.engine.set_accepting(None)
         self._weights.release()
         if not self._held_by_operator:
             self._go_on()

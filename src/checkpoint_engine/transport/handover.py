@@ -135,12 +135,18 @@ class Attachment:
 
 
 class Attachments:
-    """The maps that a replica keeps from update to update, since faulting one in costs a copy.
+    """Where a replica gets its maps from, and gives them back.
 
-    A store reuses few segments over and over, so few maps serve every update.
+    Faulting a map in costs as much as a copy, and a store reuses few segments over and over, so
+    whoever keeps no tensor after an update keeps the maps instead.
+
+    Args:
+        keep_maps: whether bytes are let go of when they are released. If not, a lease lasts until
+            the last tensor is gone, as it must where an engine's loader may keep some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_maps: bool) -> None:
+        self._keep_maps = keep_maps
         self._idle: dict[tuple[str, str], Attachment] = {}
 
     def attach(self, address: str, segment: str) -> Attachment:
@@ -156,8 +162,8 @@ class Attachments:
         return Attachment.open(address, segment)
 
     def release(self, address: str, segment: str, attachment: Attachment) -> None:
-        """Let go of the bytes, and keep the map where the owner will use it again."""
-        if attachment.let_go():
+        """Take an attachment back, and keep its map where the owner will use it again."""
+        if self._keep_maps and attachment.let_go():
             self._idle[address, segment] = attachment
         else:
             attachment.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,7 +27,7 @@ from checkpoint_engine.registry import Registry
 from checkpoint_engine.store import Segment, Store
 from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.collective import Collective
-from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.transport.rendezvous import Log, Rendezvous
 from checkpoint_engine.update.coordinator import Coordinator, Opening, Policy
 from checkpoint_engine.update.protocol import (
     Deadlines,
@@ -246,21 +246,33 @@ class _Outbox:
 def _coordinate(
     opening: Opening, policy: Policy, registry: Registry, rendezvous: Rendezvous
 ) -> None:
-    """Drive the coordinator: events in, records and decisions out."""
+    """Drive the coordinator until it is done. Whatever fails in it, the ranks are told."""
     coordinator = Coordinator(opening, policy, time.monotonic())
-    events, decisions = rendezvous.log("events"), rendezvous.log("decisions")
-    while not coordinator.done:
-        now = time.monotonic()
+    decisions = rendezvous.log("decisions")
+    with contextlib.suppress(PeerLost):  # with the rendezvous gone, nobody can be told
         try:
-            entry = events.next(max(0.0, coordinator.next_deadline - now))
+            for decision in _decide(coordinator, registry, rendezvous.log("events"), opening):
+                decisions.append(msgspec.msgpack.encode(decision))
+        except PeerLost:
+            raise
+        except Exception as error:
+            for decision in coordinator.abandon(RemoteError.of(error, "coordinator")):
+                decisions.append(msgspec.msgpack.encode(decision))
+
+
+def _decide(
+    coordinator: Coordinator, registry: Registry, events: Log, opening: Opening
+) -> Iterator[Decision]:
+    """Events in, decisions out, each recorded before it is given."""
+    while not coordinator.done:
+        wait_seconds = coordinator.next_deadline - time.monotonic()
+        try:
+            entry = events.next(max(0.0, wait_seconds))
         except DeadlineExceeded:
             decided = coordinator.expire(time.monotonic())
-        except PeerLost:
-            return  # the rendezvous is gone, and with it everyone who could be told
         else:
             decided = coordinator.on(msgspec.msgpack.decode(entry, type=Event), time.monotonic())
-        for decision in _recorded(decided, coordinator, registry, opening.update):
-            decisions.append(msgspec.msgpack.encode(decision))
+        yield from _recorded(decided, coordinator, registry, opening.update)
 
 
 def _recorded(

@@ -178,6 +178,14 @@ class Coordinator:
         self._phase, self._reason = "applying", error
         return self._stop(now)
 
+    def abandon(self, error: RemoteError) -> list[Decision]:
+        """The coordinator itself has failed: end now, without a wait for anybody's answer."""
+        self._reason = self._reason or error
+        if self._phase in ("publishing", "done"):
+            return self._end()
+        self._outcome = "rolled_back" if self._phase == "applying" else "aborted"
+        return [Decision(step="stop", reason=str(error)), *self._end()]
+
     # ── events ──────────────────────────────────────────────────────────────────────────────
 
     def _on_staged(self, event: Staged, now: float) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ __all__ = ["Door", "Sessions"]
 
 GREETING_SECONDS = 30.0
 GRACE_SECONDS = 60.0
+ACCEPT_RETRY_SECONDS = 0.1
 
 
 class Door:
@@ -61,6 +63,7 @@ class Door:
         self._segment = segment
         self._listener, self.address = sockets.listen()
         self._sessions: Sessions | None = None
+        self._closed = False
         self._channels: set[Channel[FromSession | Hold | LetGo]] = set()
         threading.Thread(target=self._accept, name="ckpt-door", daemon=True).start()
 
@@ -70,6 +73,7 @@ class Door:
 
     def close(self) -> None:
         """Stop listening, and end every session and lease."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -83,7 +87,10 @@ class Door:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return  # closed
+                if self._closed:
+                    return
+                time.sleep(ACCEPT_RETRY_SECONDS)  # out of descriptors, say: others wait in line
+                continue
             threading.Thread(
                 target=self._serve, args=(connection,), name="ckpt-session", daemon=True
             ).start()
