@@ -87,7 +87,9 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     except CheckpointEngineError as error:
         if show_traceback:
             sys.stderr.write(traceback.format_exc())
-        err.print(Text(f"error: {printable(str(error))}", style="bold red"), soft_wrap=True)
+        first_line, _, _ = str(error).partition("\n")
+        line = Text(f"error: {printable(first_line)}", style="bold red")
+        err.print(line, soft_wrap=True)
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt as error:
         err.print("interrupted")

@@ -182,9 +182,9 @@ def _connect(host: str, port: int, *, is_master: bool) -> Store:
             wait_for_workers=False,
         )  # fmt: skip
     except RuntimeError as error:
-        action = "listen on" if is_master else "reach rank 0 at"
+        action = "cannot listen on" if is_master else "cannot reach rank 0 at"
         raise DeadlineExceeded(
-            f"cannot {action} {host}:{port}: {str(error).splitlines()[0]}; check MASTER_ADDR, "
+            f"{action} {host}:{port}: {str(error).splitlines()[0]}; check MASTER_ADDR, "
             "MASTER_PORT and that rank 0 is up"
         ) from error
 

@@ -41,9 +41,14 @@ def socket_dir() -> Path:
         folder = Path(runtime) / "ckpt-engine"
     else:
         folder = Path(tempfile.gettempdir()) / f"ckpt-engine-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    status = folder.lstat()
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise HandoverError(
+            f"{folder}: cannot be made: {error.strerror}; set CKPT_ENGINE_SOCKET_DIR"
+        ) from error
     if not stat.S_ISDIR(status.st_mode):
         raise HandoverError(f"{folder}: is a symlink or no folder; set CKPT_ENGINE_SOCKET_DIR")
     if status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -158,10 +158,10 @@ class Coordinator:
             return self._advance(now)
         missing = self._missing_workers()
         names = self._missing_ranks() + [worker.hello.replica for worker in missing]
+        waited_for = ", ".join(names) or "the requests to the engines to return"
         error = RemoteError(
             type="DeadlineExceeded",
-            message=f"{self._phase}: the deadline passed while waiting for "
-            f"{', '.join(names) or 'the requests to the engines'}",
+            message=f"{self._phase}: the deadline passed while waiting for {waited_for}",
         )
         for worker in missing:
             self._lose(worker, error)
