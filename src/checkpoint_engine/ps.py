@@ -19,7 +19,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ class ParameterServer:
         requests = [req_func] if callable(req_func) else list(req_func)
         if ranks and self.rank not in ranks:
             requests = []
-        with self._lock:
+        with self._lock, self._leased(checkpoint_name):
             version = self._gathered(checkpoint_name)
             result = self._conduct(version, policy, requests, timeout, weight_version)
             if result.outcome == "published":
@@ -305,6 +306,15 @@ class ParameterServer:
             return conductor.run(self._num_updates, requests)
         finally:
             self._last_scope = conductor.scope
+
+    @contextmanager
+    def _leased(self, checkpoint_name: str) -> Iterator[None]:
+        """Keep this rank's shard as it is, whatever is registered or unregistered meanwhile."""
+        if checkpoint_name in self._store.labels:
+            with self._store[checkpoint_name].segment.lease():
+                yield
+        else:
+            yield
 
     def _adopt(self, checkpoint_name: str, metas: Sequence[RankMeta]) -> None:
         self._version, self._name = Version.of(metas), checkpoint_name
