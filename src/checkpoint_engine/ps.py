@@ -76,7 +76,7 @@ class ParameterServer:
             )
         self._rendezvous = Rendezvous.of_environment(rank, world_size, master_addr, master_port)
         self._auto_pg, self._gpu_count = auto_pg, gpu_count
-        self._store = Store()
+        self._store = Store(budget_bytes=_budget_bytes())
         self._door = Door(self._store.segment)
         self._lock = threading.Lock()
         self._registry: Registry | None = None
@@ -347,6 +347,13 @@ class ParameterServer:
         if self._registry is None:
             self._registry = Registry(state_dir() / "registry.sqlite")
         return self._registry
+
+
+def _budget_bytes() -> int | None:
+    configured = os.environ.get("CKPT_ENGINE_MEMORY_BYTES")
+    if configured is not None and not configured.isdigit():
+        raise UsageError(f"CKPT_ENGINE_MEMORY_BYTES={configured!r} is not a number of bytes")
+    return int(configured) if configured else None
 
 
 def _host() -> str:

@@ -40,6 +40,7 @@ __all__ = ["Coordinator", "Opening", "Policy"]
 
 SETTLE_SECONDS = 0.2
 STOPPING_SECONDS = 30.0
+VOTES_FROM = {Ready: "joined", Applied: "ready", Confirmed: "applied"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ class Coordinator:
             return self._advance(now)
         missing = self._missing_workers()
         names = self._missing_ranks() + [worker.hello.replica for worker in missing]
-        waited_for = ", ".join(names) or "the requests to the engines to return"
+        unheard = "an engine that was called to say hello"
+        answers = "the requests to the engines to return"
+        waited_for = ", ".join(names) or (unheard if self._phase == "entering" else answers)
         error = RemoteError(
             type="DeadlineExceeded",
             message=f"{self._phase}: the deadline passed while waiting for {waited_for}",
@@ -210,8 +213,12 @@ class Coordinator:
 
     def _on_voted(self, event: Voted, now: float) -> None:
         worker, vote = self._workers.get(event.session), event.vote
-        if worker is None or worker.gone:
-            return  # a late vote of a session that was given up
+        if (
+            worker is None
+            or worker.gone
+            or worker.state != VOTES_FROM.get(type(vote), worker.state)
+        ):
+            return  # late, or sent twice
         worker.spans.extend(vote.spans)
         if isinstance(vote, Ready):
             worker.state, worker.way_back = "ready", vote.way_back
@@ -235,8 +242,12 @@ class Coordinator:
 
     def _on_returned(self, event: Returned, now: float) -> None:
         self._returned[event.rank, event.request] = event.error
-        if self._phase in ("staging", "entering", "applying"):
-            self._reason = self._reason or event.error
+        if event.error is None or self._phase not in ("staging", "entering", "applying"):
+            return
+        self._reason = self._reason or event.error
+        for worker in self._active():
+            if self._request_error(worker) is not None:
+                self._lose(worker, event.error)
 
     # ── phases ──────────────────────────────────────────────────────────────────────────────
 
