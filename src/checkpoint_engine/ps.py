@@ -191,21 +191,23 @@ class ParameterServer:
         version = self._gathered()
         return {meta.rank: msgspec.to_builtins(meta) for meta in version.metas}
 
-    def load_metas(self, metas: Mapping[int, Any]) -> None:
-        """Take what `get_metas` gave, in this server of ranks.
+    def load_metas(self, metas: Mapping[int, Any] | Mapping[str, Any]) -> None:
+        """Take what `get_metas` gave, in this server of ranks; JSON may have made its keys text.
 
         Raises:
             ManifestError: it is malformed or contradicts itself.
             UsageError: it is another server's.
         """
         try:
-            decoded = [msgspec.convert(metas[rank], RankMeta) for rank in sorted(metas)]
+            by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
         except msgspec.ValidationError as error:
             raise ManifestError(f"not what get_metas gives: {error}") from error
+        decoded = [by_rank[rank] for rank in sorted(by_rank)]
         for meta in decoded:
             decode_manifest(meta.manifest.to_json())
-        if [meta.rank for meta in decoded] != list(range(self.world_size)):
-            raise UsageError(f"these are the metas of {len(decoded)} ranks, not {self.world_size}")
+        ranks = [meta.rank for meta in decoded]
+        if ranks != list(range(self.world_size)):
+            raise UsageError(f"these are the metas of ranks {ranks}, of {self.world_size} here")
         if decoded[self.rank].address != self._door.address:
             raise UsageError(
                 "these are another parameter server's metas; gather_metas tells this one's"
