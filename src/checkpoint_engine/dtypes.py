@@ -45,7 +45,7 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
-        raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+        raise UsageError(f"unknown dtype {dtype[:20]!r}; known are {', '.join(DTYPE_BITS)}")
     total_bits = math.prod(shape) * bits
     if total_bits % 8:
         raise UsageError(f"{dtype} of shape {list(shape)} does not fill whole bytes")
@@ -70,8 +70,16 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape under which torch views a tensor whose safetensors shape is `shape`."""
-    return (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+    """The shape under which torch views a tensor whose safetensors shape is `shape`.
+
+    Raises:
+        UsageError: values of two rows of F4 share a byte.
+    """
+    if dtype != "F4":
+        return shape
+    if not shape or shape[-1] % 2:
+        raise UsageError(f"torch cannot view F4 of shape {list(shape)}: rows end within a byte")
+    return (*shape[:-1], shape[-1] // 2)
 
 
 def dtype_name(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
@@ -86,4 +94,8 @@ def dtype_name(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
             f"{tensor.dtype} cannot be stored: the safetensors format has no name for it"
         )
     shape = tuple(tensor.shape)
-    return name, (*shape[:-1], shape[-1] * 2) if name == "F4" else shape
+    if name != "F4":
+        return name, shape
+    if not shape:
+        raise UsageError("a scalar of F4 is two values, for which the format has no shape")
+    return name, (*shape[:-1], shape[-1] * 2)

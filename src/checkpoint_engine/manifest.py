@@ -38,6 +38,7 @@ __all__ = [
     "TensorMeta",
     "Version",
     "align",
+    "check_tensor",
     "cut_chunks",
     "decode_manifest",
     "num_chunks",
@@ -142,10 +143,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         manifest = cls(
             tensors=ordered,
             num_bytes=align(max((tensor.end for tensor in ordered), default=0)),
-            digest=version_digest(ordered),
+            digest="",
         )
         _validate(manifest)
-        return manifest
+        return msgspec.structs.replace(manifest, digest=version_digest(ordered))
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk once, in the order of offsets; tied tensors share theirs."""
@@ -186,7 +187,7 @@ def decode_manifest(data: bytes | bytearray | memoryview, *, msgpack: bool = Fal
     decode = msgspec.msgpack.decode if msgpack else msgspec.json.decode
     try:
         manifest = decode(data, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"not a manifest: {error}") from error
     _validate(manifest)
     if manifest.digest != version_digest(manifest.tensors):
@@ -215,7 +216,9 @@ def _validate(manifest: Manifest) -> None:
     end_bytes = 0
     previous: TensorMeta | None = None
     for tensor in tensors:
-        _validate_tensor(tensor)
+        check_tensor(tensor)
+        if len(tensor.chunk_digests) != DIGEST_BYTES * num_chunks(tensor.length):
+            raise ManifestError(f"{tensor.name!r}: wrong number of chunk digests")
         if previous is not None and (tensor.offset, tensor.name) < (previous.offset, previous.name):
             raise ManifestError(f"{tensor.name!r}: tensors are not sorted by offset and name")
         if tensor.length and tensor.offset < end_bytes and not _same_bytes(tensor, previous):
@@ -233,7 +236,8 @@ def _validate(manifest: Manifest) -> None:
         )
 
 
-def _validate_tensor(tensor: TensorMeta) -> None:
+def check_tensor(tensor: TensorMeta) -> None:
+    """Raise ManifestError unless name, dtype, shape, length and place can be; digests aside."""
     if not tensor.name or len(tensor.name.encode(errors="replace")) > MAX_NAME_BYTES:
         raise ManifestError(f"a name has 1 to {MAX_NAME_BYTES} bytes: {tensor.name[:80]!r}")
     if len(tensor.shape) > MAX_NUM_DIMS or any(not 0 <= dim < MAX_DIM for dim in tensor.shape):
@@ -249,8 +253,6 @@ def _validate_tensor(tensor: TensorMeta) -> None:
         )
     if tensor.offset < 0 or tensor.offset % ALIGNMENT_BYTES or tensor.end > MAX_VERSION_BYTES:
         raise ManifestError(f"{tensor.name!r}: impossible offset {tensor.offset}")
-    if len(tensor.chunk_digests) != DIGEST_BYTES * num_chunks(tensor.length):
-        raise ManifestError(f"{tensor.name!r}: wrong number of chunk digests")
 
 
 def _same_bytes(tensor: TensorMeta, other: TensorMeta | None) -> bool:

@@ -15,7 +15,6 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -104,12 +103,13 @@ class Registry:
         Milliseconds since 1970, so that a registry that starts anew is not fenced off by
         replicas that remember the old one.
         """
-        ((last,),) = self._execute("select coalesce(max(epoch), 0) from updates")
+        ((last,),) = self._execute("select coalesce(max(epoch), 0) from updates").fetchall()
         return max(int(last) + 1, int(time.time() * 1000))
 
     def start(self, update: str, epoch: int, version: str, digest: str) -> None:
         """Record that an update is about to begin."""
-        self._execute(
+        self._change(
+            update,
             "insert into updates (id, epoch, version, digest, owner, started_at) "
             "values (?, ?, ?, ?, ?, ?)",
             update, epoch, version, digest, _process(os.getpid()), time.time(),
@@ -117,11 +117,14 @@ class Registry:
 
     def publish(self, update: str) -> None:
         """Record the decision; from here on the update is published, whatever happens."""
-        self._execute("update updates set published_at = ? where id = ?", time.time(), update)
+        self._change(
+            update, "update updates set published_at = ? where id = ?", time.time(), update
+        )
 
     def finish(self, update: str, outcome: str, report: bytes) -> None:
         """Record how it ended, with the report as JSON."""
-        self._execute(
+        self._change(
+            update,
             "update updates set finished_at = ?, outcome = ?, report = ? where id = ?",
             time.time(), outcome, report, update,
         )  # fmt: skip
@@ -131,15 +134,15 @@ class Registry:
 
         Those without a decision are rolled back, as their replicas did by themselves.
         """
-        with self._lock:
-            unfinished = [
-                record
-                for record in self._records("where finished_at is null", ())
-                if _process(int(record.owner.split(":")[0])) != record.owner
-            ]
+        unfinished = [
+            record
+            for record in self._records("where finished_at is null")
+            if _process(int(record.owner.split(":")[0])) != record.owner
+        ]
         for record in unfinished:
             outcome = "published" if record.published_at is not None else "rolled_back"
-            self._execute(
+            self._change(
+                record.id,
                 "update updates set finished_at = ?, outcome = ? where id = ?",
                 time.time(), outcome, record.id,
             )  # fmt: skip
@@ -147,15 +150,11 @@ class Registry:
 
     def history(self, limit: int = 100) -> list[UpdateRecord]:
         """The latest updates, newest first."""
-        with self._lock:
-            return self._records("order by epoch desc limit ?", (limit,))
+        return self._records("order by epoch desc limit ?", limit)
 
     def last_published(self) -> UpdateRecord | None:
         """The version that the fleet was last brought to."""
-        with self._lock:
-            found = self._records(
-                "where published_at is not null order by epoch desc limit ?", (1,)
-            )
+        found = self._records("where published_at is not null order by epoch desc limit ?", 1)
         return found[0] if found else None
 
     def close(self) -> None:
@@ -163,15 +162,19 @@ class Registry:
         with self._lock:
             self._connection.close()
 
-    def _records(self, where: str, parameters: tuple[object, ...]) -> list[UpdateRecord]:
+    def _records(self, where: str, *parameters: object) -> list[UpdateRecord]:
         fields = UpdateRecord.__struct_fields__
         query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
-        rows = self._connection.execute(query, parameters).fetchall()
+        rows = self._execute(query, *parameters).fetchall()
         return [UpdateRecord(**dict(zip(fields, row, strict=True))) for row in rows]
 
-    def _execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+    def _change(self, update: str, statement: str, *parameters: object) -> None:
+        if self._execute(statement, *parameters).rowcount != 1:
+            raise UsageError(f"{self._path}: holds no update {update!r}; was the file replaced?")
+
+    def _execute(self, statement: str, *parameters: object) -> sqlite3.Cursor:
         with self._lock:
             try:
-                return self._connection.execute(statement, parameters).fetchall()
+                return self._connection.execute(statement, parameters)
             except sqlite3.Error as error:
-                raise UsageError(f"{self._path}: cannot be written: {error}") from error
+                raise UsageError(f"{self._path}: not usable as a registry: {error}") from error

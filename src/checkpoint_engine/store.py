@@ -23,6 +23,7 @@ import os
 import secrets
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -66,7 +67,11 @@ class Segment:
         self._num_leases = 0
         self._lock = threading.Lock()
         self._on_idle: Callable[[Segment], None] | None = None
-        self.descriptor = os.memfd_create("ckpt-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._freed = False
+        try:
+            self.descriptor = os.memfd_create("ckpt-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise StoreError(f"cannot make shared memory: {error.strerror}") from error
         try:
             os.ftruncate(self.descriptor, self.capacity_bytes)
             self._map = mmap.mmap(self.descriptor, self.capacity_bytes)
@@ -87,8 +92,14 @@ class Segment:
         return self._num_leases
 
     def acquire(self) -> None:
-        """Lease the bytes: until `release` they are neither overwritten nor freed."""
+        """Lease the bytes: until `release` they are neither overwritten nor freed.
+
+        Raises:
+            StoreError: they were freed before.
+        """
         with self._lock:
+            if self._freed:
+                raise StoreError("the segment is gone: its version was unregistered")
             self._num_leases += 1
 
     def release(self) -> None:
@@ -109,12 +120,16 @@ class Segment:
         finally:
             self.release()
 
-    def free(self) -> None:
-        """Give the memory back to the system. Only the store calls this, without leases."""
-        assert self._num_leases == 0, "a leased segment is never freed"
+    def free(self) -> bool:
+        """Give the memory back to the system, unless somebody has leased it after all."""
+        with self._lock:
+            if self._num_leases:
+                return False
+            self._freed = True
         # Dropped, not closed: a view that somebody still holds keeps the map until it goes.
         del self.memory, self._map
         os.close(self.descriptor)
+        return True
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,8 @@ class Store:
         self._lock = threading.RLock()
         self._shards: dict[str, Shard] = {}
         self._segments: list[Segment] = []
+        self._coming: set[str] = set()
+        self._closed = False
 
     @property
     def allocated_bytes(self) -> int:
@@ -185,24 +202,28 @@ class Store:
             StoreError: the label is taken, or memory or budget does not suffice.
         """
         with self._lock:
-            if label in self._shards:
+            if label in self._shards or label in self._coming:
                 raise StoreError(f"version {label!r} is already registered; unregister it first")
+            self._coming.add(label)
+        try:
+            tensors = lay_out(source.specs())
             if pooled:
                 self._retire(keep=self._retain - 1)
-        tensors = lay_out(source.specs())
-        segment = self.allocate(max((tensor.end for tensor in tensors), default=0), pooled=pooled)
-        try:
-            shard = Shard(_fill(tensors, source, segment.memory), segment)
-        except BaseException:
-            segment.release()
-            raise
-        return self.adopt(label, shard)
-
-    def adopt(self, label: str, shard: Shard) -> Shard:
-        """Register a shard whose segment came from `allocate`; its lease passes to the store."""
-        with self._lock:
-            self._shards[label] = shard
-        return shard
+            num_bytes = max((tensor.end for tensor in tensors), default=0)
+            segment = self.allocate(num_bytes, pooled=pooled)
+            try:
+                shard = Shard(_fill(tensors, source, segment.memory), segment)
+            except BaseException as error:
+                # Views in the frames of the failure would keep the memory as long as the error.
+                traceback.clear_frames(error.__traceback__)
+                segment.release()
+                raise
+            with self._lock:
+                self._shards[label] = shard
+            return shard
+        finally:
+            with self._lock:
+                self._coming.discard(label)
 
     def allocate(self, num_bytes: int, *, pooled: bool) -> Segment:
         """A segment of at least `num_bytes`, leased once to the caller; its bytes are arbitrary.
@@ -237,19 +258,23 @@ class Store:
                 self._free(self._idle_pool())
 
     def close(self) -> None:
-        """Forget every version and return all memory that nothing leases."""
+        """Forget every version and return all memory, what is leased as soon as it no longer is."""
         with self._lock:
+            self._closed = True
             for label in self.labels:
-                self.unregister(label, force=True)
+                self.unregister(label)
+            self._free(self._idle_pool())
 
     def _retire(self, keep: int) -> None:
-        pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
-        for label in pooled[: max(0, len(pooled) - keep)]:
-            self.unregister(label)
+        with self._lock:
+            pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
+            for label in pooled[: max(0, len(pooled) - keep)]:
+                self.unregister(label)
 
     def _idle(self, segment: Segment) -> None:
         with self._lock:
-            if not segment.pooled and segment.num_leases == 0 and segment in self._segments:
+            keeps = segment.pooled and not self._closed
+            if not keeps and segment in self._segments:
                 self._free([segment])
 
     def _idle_pool(self) -> list[Segment]:
@@ -266,8 +291,8 @@ class Store:
 
     def _free(self, segments: Sequence[Segment]) -> None:
         for segment in segments:
-            self._segments.remove(segment)
-            segment.free()
+            if segment.free():
+                self._segments.remove(segment)
 
     def _check_budget(self, num_bytes: int) -> None:
         used, budget = self.allocated_bytes, self._budget_bytes

@@ -157,6 +157,8 @@ def write(copies: Sequence[Copy], pool: Executor) -> dict[Storage, bytes]:
     for (copy, _, _), digest in zip(tasks, results, strict=True):
         key = _storage(copy.name, copy.target)
         written[key] = written.get(key, b"") + digest
+    if _overlap(copies):  # one write may have changed what another wrote
+        return {_storage(copy.name, copy.target): _digests(copy.target) for copy in copies}
     return written
 
 
@@ -224,6 +226,19 @@ def _check_fit(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> 
         )
     if source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
         raise AdapterError(f"{meta.name!r}: {source.dtype} is not cast to {target.dtype}")
+
+
+def _overlap(copies: Iterable[Copy]) -> bool:
+    """Whether two live tensors share memory without being one, as views of a fused tensor do."""
+    ranges = []
+    for copy in copies:
+        strides = zip(copy.target.shape, copy.target.stride(), strict=True)
+        span = sum((size - 1) * stride for size, stride in strides) + 1
+        if copy.target.numel():
+            start = copy.target.data_ptr()
+            ranges.append((start, start + span * copy.target.itemsize))
+    ranges.sort()
+    return any(end > start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

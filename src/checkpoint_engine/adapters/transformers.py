@@ -84,8 +84,8 @@ class TransformersAdapter:
         return Served(digest=self._live.digest(self._names), served_digest=self._live.digest())
 
     def base(self) -> str | None:
-        """Digest of what is served, as it was last computed from live parameters."""
-        return self._served.digest
+        """Digest of what is served, as it was last computed; None if that is no version."""
+        return None if self._torn else self._served.digest
 
     def prepare(self, staged: Staged, version: Version) -> str:
         """See the module's text.

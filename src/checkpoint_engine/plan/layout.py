@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from checkpoint_engine.dtypes import num_bytes
-from checkpoint_engine.errors import SourceError, UsageError
-from checkpoint_engine.manifest import TensorMeta, align
+from checkpoint_engine.errors import ManifestError, SourceError, UsageError
+from checkpoint_engine.manifest import TensorMeta, align, check_tensor
 
-__all__ = ["TensorSpec", "lay_out", "share"]
+__all__ = ["TensorSpec", "lay_out", "place", "share"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,21 +39,26 @@ def lay_out(specs: Iterable[TensorSpec]) -> tuple[TensorMeta, ...]:
     seen: set[str] = set()
     offset = 0
     for spec in sorted(specs, key=lambda spec: spec.names[0]):
-        try:
-            length = num_bytes(spec.dtype, spec.shape)
-        except UsageError as error:
-            raise SourceError(f"tensor {spec.names[0]!r}: {error}") from error
         for name in spec.names:
             if name in seen:
                 raise SourceError(f"tensor {name!r} is given twice")
             seen.add(name)
-            tensors.append(
-                TensorMeta(
-                    name=name, dtype=spec.dtype, shape=spec.shape, offset=offset, length=length
-                )
-            )
-        offset = align(offset + length)
+            tensors.append(place(spec, name, offset))
+        offset = align(tensors[-1].end)
     return tuple(tensors)
+
+
+def place(spec: TensorSpec, name: str, offset: int) -> TensorMeta:
+    """One tensor at its place, not yet digested; raises SourceError if it cannot be."""
+    try:
+        length = num_bytes(spec.dtype, spec.shape)
+        tensor = TensorMeta(
+            name=name, dtype=spec.dtype, shape=spec.shape, offset=offset, length=length
+        )
+        check_tensor(tensor)
+    except (UsageError, ManifestError) as error:
+        raise SourceError(f"tensor {name[:80]!r}: {error}") from error
+    return tensor
 
 
 def share(specs: Sequence[TensorSpec], index: int, num_shares: int) -> list[TensorSpec]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import msgspec
 
 from checkpoint_engine.dtypes import num_bytes
 from checkpoint_engine.errors import SourceError, UsageError
-from checkpoint_engine.plan.layout import TensorSpec
+from checkpoint_engine.plan.layout import TensorSpec, place
 
 __all__ = ["SafetensorsSource", "safetensors_files"]
 
@@ -95,10 +96,7 @@ class SafetensorsSource:
             os.close(self._descriptors.pop())
 
     def _open(self, path: Path) -> None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be opened: {error.strerror}") from error
+        descriptor = _open_file(path)
         self._descriptors.append(descriptor)
         entries, data_start = _read_header(path, descriptor)
         for name, entry in entries.items():
@@ -109,7 +107,12 @@ class SafetensorsSource:
                 )
             begin, end = entry.data_offsets
             self._places[name] = _Place(path, descriptor, data_start + begin, end - begin)
-            self._specs.append(TensorSpec(names=(name,), dtype=entry.dtype, shape=entry.shape))
+            spec = TensorSpec(names=(name,), dtype=entry.dtype, shape=entry.shape)
+            try:
+                place(spec, name, 0)
+            except SourceError as error:
+                raise SourceError(f"{path}: {error}") from error
+            self._specs.append(spec)
 
 
 def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -140,15 +143,20 @@ def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SourceError(f"{index}: not an index of safetensors files: {error}") from error
+    if not weight_map:
+        raise SourceError(f"{index}: names no tensor")
     files: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
-        if Path(file).name != file:
-            raise SourceError(f"{index}: {file!r} leads out of the folder")
+        if Path(file).name != file or file in ("", "..") or "\0" in file:
+            raise SourceError(f"{index}: {file[:80]!r} leads out of the folder, or nowhere")
         files.setdefault(file, set()).add(tensor)
     for file, tensors in sorted(files.items()):
-        held = _names_in(index.parent / file)
+        try:
+            held = _names_in(index.parent / file)
+        except SourceError as error:
+            raise SourceError(f"{index}: the index names {file[:80]!r}, but: {error}") from error
         missing = sorted(tensors - held)
         if missing:
             raise SourceError(f"{index.parent / file}: lacks {missing[0]!r}, which the index names")
@@ -156,14 +164,23 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _names_in(path: Path) -> set[str]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SourceError(f"{path}: the index names it, but: {error.strerror}") from error
+    descriptor = _open_file(path)
     try:
         return set(_read_header(path, descriptor)[0])
     finally:
         os.close(descriptor)
+
+
+def _open_file(path: Path) -> int:
+    try:
+        # A pipe would be waited for; not to block has no effect on a file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: cannot be opened: {error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SourceError(f"{path}: is not a file")
+    return descriptor
 
 
 def _read_header(path: Path, descriptor: int) -> tuple[dict[str, _Entry], int]:
@@ -175,9 +192,11 @@ def _read_header(path: Path, descriptor: int) -> tuple[dict[str, _Entry], int]:
         raise SourceError(f"{path}: not a safetensors file, or truncated in its header")
     header = os.pread(descriptor, header_bytes, 8)
     try:
-        decoded = json.loads(header, object_pairs_hook=_without_duplicates)
+        decoded = json.loads(
+            header.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+        )
         if isinstance(decoded, dict):
-            decoded.pop("__metadata__", None)
+            msgspec.convert(decoded.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(decoded, dict[str, _Entry])
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the header is garbled: {error}") from error
@@ -191,6 +210,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(decoded) != len(pairs):
         raise ValueError("a key occurs twice")
     return decoded
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _check_entries(path: Path, entries: dict[str, _Entry], data_bytes: int) -> None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from checkpoint_engine.dtypes import dtype_name
 from checkpoint_engine.errors import SourceError, UsageError
@@ -69,10 +70,16 @@ class TensorSource:
 def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise SourceError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-    if type(tensor).__name__ == "DTensor":
-        raise SourceError(f"{name!r} is a DTensor: pass tensor.full_tensor()")
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise SourceError(f"{name!r} has no dense bytes to send (sparse, meta or quantized)")
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise SourceError(f"{name!r} is not initialized yet")
+    kind = type(tensor).__name__
+    custom = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if custom or kind == "DTensor":
+        raise SourceError(f"{name!r} is a {kind}: pass a plain tensor, such as full_tensor()")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise SourceError(f"{name!r} has no dense bytes to send: it is sparse or nested")
+    if tensor.is_meta or tensor.is_quantized:
+        raise SourceError(f"{name!r} has no dense bytes to send: it is meta or quantized")
     return tensor.detach().resolve_conj().resolve_neg()
 
 

@@ -66,7 +66,16 @@ class Channel(Generic[Body]):
         self._lock = threading.Lock()
         self._num_sent = self._num_received = 0
         self._descriptors: list[int] = []
+        self._received = bytearray()  # of the frame that is coming in
+        self._cut = False  # whether a part of a frame was sent, and not the rest
         self.update, self.epoch = "", 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the peer is gone, or has sent something that nobody waited for."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def bind(self, update: str, epoch: int) -> None:
         """Carry only messages of this update from here on; the peer is bound by the next one."""
@@ -98,10 +107,13 @@ class Channel(Generic[Body]):
             DeadlineExceeded: nothing whole arrived in time.
         """
         deadline = time.monotonic() + timeout_seconds
-        (length,) = LENGTH.unpack(self._read(LENGTH.size, deadline))
+        self._fill(LENGTH.size, deadline)
+        (length,) = LENGTH.unpack(self._received[: LENGTH.size])
         if length > MAX_FRAME_BYTES:
             raise ProtocolError(f"a frame of {length} bytes is larger than any message")
-        return self._open(self._read(length, deadline))
+        self._fill(LENGTH.size + length, deadline)
+        frame, self._received = bytes(self._received[LENGTH.size :]), bytearray()
+        return self._open(frame)
 
     def take_descriptor(self) -> int:
         """The oldest descriptor received and not yet taken; the caller owns it.
@@ -144,6 +156,9 @@ class Channel(Generic[Body]):
         deadline = time.monotonic() + timeout_seconds
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         unsent = memoryview(frame)
+        if self._cut:
+            raise PeerLost("an earlier message was cut off by its deadline")
+        self._cut = True
         while unsent:
             self._wait(select.POLLOUT, deadline)
             try:
@@ -151,6 +166,7 @@ class Channel(Generic[Body]):
             except OSError as error:
                 raise PeerLost(f"the peer is gone: {error}") from error
             unsent, descriptors = unsent[sent:], ()
+        self._cut = False
 
     def _wait(self, event: int, deadline: float) -> None:
         """Poll rather than use the socket's own timeout, which both directions would share."""
@@ -162,23 +178,21 @@ class Channel(Generic[Body]):
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise DeadlineExceeded("the peer neither sent nor read anything in time")
 
-    def _read(self, length: int, deadline: float) -> bytes:
-        parts, missing = [], length
+    def _fill(self, length: int, deadline: float) -> None:
+        """Receive until the frame has `length` bytes; what came stays after a deadline."""
         space = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
-        while missing:
+        while len(self._received) < length:
             self._wait(select.POLLIN, deadline)
             try:
                 data, ancillary, flags, _ = self._socket.recvmsg(
-                    min(missing, 1 << 20), space, socket.MSG_CMSG_CLOEXEC
+                    min(length - len(self._received), 1 << 20), space, socket.MSG_CMSG_CLOEXEC
                 )
             except OSError as error:
                 raise PeerLost(f"the connection to the peer broke: {error}") from error
             self._keep_descriptors(ancillary, flags)
             if not data:
                 raise PeerLost("the peer closed the connection or died")
-            parts.append(data)
-            missing -= len(data)
-        return b"".join(parts)
+            self._received += data
 
     def _keep_descriptors(self, ancillary: Sequence[tuple[int, int, bytes]], flags: int) -> None:
         for level, kind, data in ancillary:

@@ -26,7 +26,13 @@ from typing import Any
 
 import msgspec
 
-from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost, ProtocolError
+from checkpoint_engine.errors import (
+    DeadlineExceeded,
+    HandoverError,
+    PeerLost,
+    ProtocolError,
+    StoreError,
+)
 from checkpoint_engine.store import F_SEAL_SHRINK, Segment
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.channel import Channel
@@ -36,7 +42,7 @@ __all__ = ["Attachment", "Attachments", "Hold", "LetGo", "Part", "serve_lease"]
 F_GET_SEALS = 1034
 MADV_POPULATE_READ = 22
 MAP_NORESERVE = 0x4000
-LEASE_POLL_SECONDS = 3600.0
+LEASE_POLL_SECONDS = 1.0
 HOLD_SECONDS = 30.0
 
 
@@ -122,6 +128,11 @@ class Attachment:
             return False
         return self._pooled
 
+    @property
+    def ended(self) -> bool:
+        """Whether the owner has freed the segment, or is gone."""
+        return self._channel.ended
+
     def close(self) -> None:
         """Drop the map; the lease ends when no tensor views it any more."""
         self.memory = memoryview(b"")
@@ -141,8 +152,9 @@ class Attachments:
     whoever keeps no tensor after an update keeps the maps instead.
 
     Args:
-        keep_maps: whether bytes are let go of when they are released. If not, a lease lasts until
-            the last tensor is gone, as it must where an engine's loader may keep some.
+        keep_maps: whether bytes are let go of when they are released. Whoever keeps maps must not
+            write into them: what is written stays, and fails the next verification. Without it, a
+            lease lasts until the last tensor is gone, as it must where a loader may keep some.
     """
 
     def __init__(self, *, keep_maps: bool) -> None:
@@ -151,6 +163,9 @@ class Attachments:
 
     def attach(self, address: str, segment: str) -> Attachment:
         """Hold a segment, through the map kept for it if there is one."""
+        for place, idle in tuple(self._idle.items()):
+            if idle.ended:
+                self._idle.pop(place).close()
         kept = self._idle.pop((address, segment), None)
         if kept is not None:
             try:
@@ -182,7 +197,7 @@ def serve_lease(
     `segment` finds what is asked for by name.
     """
     held: Segment | None = None
-    mapped = False
+    mapped, name = False, first.segment
     request: Any = first
     try:
         while True:
@@ -193,14 +208,18 @@ def serve_lease(
             elif not isinstance(request, Hold):
                 raise ProtocolError(f"a lease is held or let go, not {type(request).__name__}")
             elif held is None:
-                held = segment(request.segment)
+                held = _lease(segment(request.segment))
                 if held is None:
                     channel.send(Refused("the segment is gone: its version was unregistered"))
                     return
-                held.acquire()
                 channel.send(Held(held.pooled), () if mapped else (held.descriptor,))
-                mapped = True
-            request = _next_request(channel)
+                mapped, name = True, request.segment
+            else:
+                raise ProtocolError("a segment is held already")
+            while (following := _next_request(channel)) is None:
+                if held is None and segment(name) is None:
+                    return  # freed: nobody should keep a map of it
+            request = following
     except (PeerLost, ProtocolError, DeadlineExceeded):
         return  # the receiver let go, died, or broke the protocol: the lease is over
     finally:
@@ -209,16 +228,30 @@ def serve_lease(
         channel.close()
 
 
+def _lease(found: Segment | None) -> Segment | None:
+    if found is not None:
+        try:
+            found.acquire()
+        except StoreError:
+            return None  # freed since it was found
+    return found
+
+
 def _next_request(channel: Channel[Any]) -> Any:
-    """A lease has no deadline of its own: it ends with its holder, which the kernel reports."""
-    while True:
-        with contextlib.suppress(DeadlineExceeded):
-            return channel.receive(LEASE_POLL_SECONDS)
+    """The next message, or None for now: a lease has no deadline but the life of its holder."""
+    try:
+        return channel.receive(LEASE_POLL_SECONDS)
+    except DeadlineExceeded:
+        return None
 
 
 def _map(descriptor: int) -> mmap.mmap:
-    if not fcntl.fcntl(descriptor, F_GET_SEALS) & F_SEAL_SHRINK:
-        raise HandoverError("the memory that was handed over is not sealed against shrinking")
+    try:
+        seals = fcntl.fcntl(descriptor, F_GET_SEALS)
+    except OSError:
+        seals = 0  # not memory at all
+    if not seals & F_SEAL_SHRINK or not os.fstat(descriptor).st_size:
+        raise HandoverError("what was handed over is no memory that is sealed against shrinking")
     mapped = mmap.mmap(
         descriptor,
         os.fstat(descriptor).st_size,

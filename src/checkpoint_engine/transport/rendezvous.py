@@ -191,6 +191,6 @@ def _connect(host: str, port: int, *, is_master: bool) -> Store:
 
 def _number(variable: str, default: int) -> int:
     value = os.environ.get(variable, str(default))
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise UsageError(f"{variable}={value!r} is not a number")
     return int(value)

@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 from checkpoint_engine.errors import HandoverError
@@ -24,6 +25,7 @@ __all__ = ["SCHEME", "check_peer", "connect", "listen", "socket_dir"]
 SCHEME = "ipc://"
 MAX_PATH_BYTES = 100
 BACKLOG = 64
+RETRY_SECONDS = 0.01
 
 
 def socket_dir() -> Path:
@@ -36,7 +38,7 @@ def socket_dir() -> Path:
         HandoverError: it is a symlink, another user's, open to others, or its path is too long.
     """
     if configured := os.environ.get("CKPT_ENGINE_SOCKET_DIR"):
-        folder = Path(configured)
+        folder = Path(configured).absolute()
     elif (runtime := os.environ.get("XDG_RUNTIME_DIR")) and Path(runtime).is_dir():
         folder = Path(runtime) / "ckpt-engine"
     else:
@@ -87,16 +89,25 @@ def connect(address: str, timeout_seconds: float) -> socket.socket:
     if not address.startswith(f"{SCHEME}/"):
         raise HandoverError(f"{address!r} is not an address of a socket on this host")
     path = address.removeprefix(SCHEME)
+    deadline = time.monotonic() + timeout_seconds
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout_seconds)
+    connection.setblocking(False)
     try:
-        connection.connect(path)
+        while True:
+            try:
+                connection.connect(path)
+                break
+            except BlockingIOError:  # its queue is full: a busy listener is not dead
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(RETRY_SECONDS)
         check_peer(connection)
-    except (OSError, HandoverError) as error:
+    except HandoverError:
         connection.close()
-        if isinstance(error, HandoverError):
-            raise
-        raise HandoverError(f"{path}: cannot connect: {error}; is its process alive?") from error
+        raise
+    except (OSError, ValueError) as error:
+        connection.close()
+        raise HandoverError(f"{path!r}: cannot connect: {error}; is its process alive?") from error
     return connection
 
 

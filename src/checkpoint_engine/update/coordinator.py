@@ -33,14 +33,20 @@ from checkpoint_engine.update.protocol import (
     Report,
     Returned,
     Staged,
+    Vote,
     Voted,
+    Withdrawn,
 )
 
 __all__ = ["Coordinator", "Opening", "Policy"]
 
 SETTLE_SECONDS = 0.2
 STOPPING_SECONDS = 30.0
-VOTES_FROM = {Ready: "joined", Applied: "ready", Confirmed: "applied"}
+VOTES_DUE = {
+    Ready: ("joined", ("staging", "entering")),
+    Applied: ("ready", ("applying", "stopping")),
+    Confirmed: ("applied", ("publishing",)),
+}
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,12 @@ class Coordinator:
         self._num_requests: dict[int, int] = {}
         self._returned: dict[tuple[int, int], RemoteError | None] = {}
         self._workers: dict[str, _Worker] = {}
-        self._settled_at = now
+        self._now = self._settled_at = now
         self._reason: RemoteError | None = None
         self._bytes_sent = 0
         self._spans: list[Span] = []
         self._outcome = "aborted"
+        self._just_quarantined: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -137,7 +144,7 @@ class Coordinator:
     @property
     def next_deadline(self) -> float:
         """When `expire` should be called if nothing happens before."""
-        if self._phase == "entering" and self._must_settle():
+        if self._phase == "entering" and self._must_settle() and self._now < self._settled_at:
             return min(self._deadline, self._settled_at)
         return self._deadline
 
@@ -150,11 +157,13 @@ class Coordinator:
             Left: self._on_left,
             Returned: self._on_returned,
         }
+        self._now = now
         handlers[type(event)](event, now)
         return self._advance(now)
 
     def expire(self, now: float) -> list[Decision]:
         """Take in that time has passed."""
+        self._now = now
         if now < self._deadline or self.done:
             return self._advance(now)
         missing = self._missing_workers()
@@ -170,7 +179,10 @@ class Coordinator:
             self._lose(worker, error)
         if self._phase in ("staging", "entering"):
             self._reason = self._reason or error
+        if self._phase == "staging":
             return self._stop(now)
+        if self._phase == "entering":
+            return self._vote(now, "apply", "applying", self._opening.deadlines.pause_seconds)
         if self._phase == "applying":
             return self._advance(now)
         return self._end()
@@ -179,6 +191,8 @@ class Coordinator:
         """The decision to publish could not be recorded, so it was not made."""
         assert self._phase == "publishing", "only a publish decision is recorded"
         self._phase, self._reason = "applying", error
+        for session in self._just_quarantined:
+            self._workers[session].quarantined = False
         return self._stop(now)
 
     def abandon(self, error: RemoteError) -> list[Decision]:
@@ -213,12 +227,8 @@ class Coordinator:
 
     def _on_voted(self, event: Voted, now: float) -> None:
         worker, vote = self._workers.get(event.session), event.vote
-        if (
-            worker is None
-            or worker.gone
-            or worker.state != VOTES_FROM.get(type(vote), worker.state)
-        ):
-            return  # late, or sent twice
+        if worker is None or worker.gone or not self._is_due(worker, vote):
+            return  # late, early, or sent twice
         worker.spans.extend(vote.spans)
         if isinstance(vote, Ready):
             worker.state, worker.way_back = "ready", vote.way_back
@@ -234,6 +244,13 @@ class Coordinator:
             worker.state = "torn" if vote.torn else "kept"
             worker.error, worker.pause_seconds = vote.error, vote.pause_seconds or None
             self._blame(worker)
+
+    def _is_due(self, worker: _Worker, vote: Vote) -> bool:
+        """A vote counts from the state before it, and a voter's only once it was asked for."""
+        if isinstance(vote, Withdrawn):
+            return True
+        state, phases = VOTES_DUE[type(vote)]
+        return worker.state == state and (worker.follower or self._phase in phases)
 
     def _on_left(self, event: Left, now: float) -> None:
         worker = self._workers.get(event.session)
@@ -306,13 +323,12 @@ class Coordinator:
 
     def _quarantine(self) -> tuple[str, ...]:
         """An engine is out as soon as one of its workers is: the rest of it must stop too."""
-        gone = {worker.hello.engine for worker in self._workers.values() if worker.gone}
-        stopped = []
-        for worker in self._workers.values():
-            if worker.hello.engine in gone and not worker.quarantined and not worker.follower:
-                worker.quarantined = True
-                stopped.append(worker.session)
-        return tuple(stopped)
+        broken = self._broken_engines()
+        out = [w for w in self._voters() if w.hello.engine in broken and not w.quarantined]
+        for worker in out:
+            worker.quarantined = True
+        self._just_quarantined = tuple(worker.session for worker in out)
+        return self._just_quarantined
 
     def _stop(self, now: float) -> list[Decision]:
         self._outcome = "rolled_back" if self._phase == "applying" else "aborted"
@@ -331,7 +347,12 @@ class Coordinator:
         return (worker for worker in self._workers.values() if not worker.follower)
 
     def _active(self) -> list[_Worker]:
-        return [worker for worker in self._voters() if not worker.gone and not worker.quarantined]
+        broken = self._broken_engines()
+        return [w for w in self._voters() if not w.quarantined and w.hello.engine not in broken]
+
+    def _broken_engines(self) -> set[str]:
+        """Engines that have lost a worker, or of which one said no."""
+        return {worker.hello.engine for worker in self._voters() if worker.gone}
 
     def _failed(self) -> bool:
         return self._reason is not None
@@ -341,6 +362,8 @@ class Coordinator:
 
     def _missing_workers(self) -> list[_Worker]:
         """Whoever has not voted yet on what this phase waits for."""
+        if self._phase == "staging":
+            return []
         if self._phase == "entering":
             return [worker for worker in self._active() if worker.state == "joined"]
         if self._phase == "applying":
@@ -362,9 +385,11 @@ class Coordinator:
         for worker in self._active():
             engine, world_size = worker.hello.engine, worker.hello.world_size
             num_missing[engine] = num_missing.get(engine, world_size) - 1
+        # An engine that said no holds its request until it hears the verdict; a lost one does not.
+        lost = {worker.hello.engine for worker in self._voters() if worker.state == "lost"}
+        num_here = len(num_missing) + len(self._broken_engines() - lost)
         num_running = sum(self._num_requests.values()) - len(self._returned)
-        complete = all(missing <= 0 for missing in num_missing.values())
-        return complete and len(num_missing) >= num_running
+        return all(missing <= 0 for missing in num_missing.values()) and num_here >= num_running
 
     def _must_settle(self) -> bool:
         """One request of one rank may call any number of engines: give the others a moment."""
@@ -414,7 +439,7 @@ class Coordinator:
             verified=bool(published)
             and all(w.applied and w.applied.digest == opening.version.digest for w in published),
             replicas=tuple(worker.report(self._request_error(worker)) for worker in workers),
-            degraded=tuple(w.hello.replica for w in workers if w.follower and w.gone),
+            degraded=tuple(w.hello.replica for w in workers if w.follower and w not in published),
             reason=self._reason if self._outcome != "published" or self._failed() else None,
             spans=tuple(sorted(spans, key=lambda span: span.start)),
         )

@@ -51,7 +51,6 @@ from checkpoint_engine.update.protocol import (
 __all__ = ["Outcome", "Receive", "Send", "run", "session"]
 
 GREETING_SECONDS = 60.0
-VERDICT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class _Progress:
     """How far this session has come, which says what has to be undone."""
 
     timeline: Timeline
-    stage: str = "entering"  # entering, paused, changed
+    stage: str = "entering"  # entering, changed, applied
     paused_at: float | None = None
     pause_seconds: float = 0.0
 
@@ -198,14 +197,15 @@ def _await(step: str, timeout_seconds: float) -> Steps[None]:
 
 
 def _apply(adapter: Adapter, offer: Offer, progress: _Progress) -> Steps[None]:
-    progress.stage, progress.paused_at = "paused", time.monotonic()
+    started = time.monotonic()
     with progress.timeline.span("enter"):
         adapter.pause(offer.deadlines.pause_seconds)
-    progress.stage = "changed"
+    progress.stage, progress.paused_at = "changed", started
     with progress.timeline.span("apply"):
         adapter.apply()
     with progress.timeline.span("check"):
         served = adapter.check()
+    progress.stage = "applied"
     yield Send(
         Applied(digest=served.digest, served_digest=served.served_digest, spans=progress.spans)
     )
@@ -232,7 +232,7 @@ def _withdraw(
 ) -> Steps[Outcome]:
     """Return to the base and say so; whoever said no first learns whether it is quarantined."""
     told = isinstance(error, _Halt)
-    in_doubt = progress.stage == "changed" and isinstance(error, (PeerLost, DeadlineExceeded))
+    in_doubt = progress.stage == "applied" and isinstance(error, (PeerLost, DeadlineExceeded))
     adapter.undecided = offer.update if in_doubt else None
     cause: Exception = UpdateRefused(str(error)) if told else error
     failure = _return_to_base(adapter, progress)
@@ -247,7 +247,8 @@ def _withdraw(
     with contextlib.suppress(CheckpointEngineError):
         yield Send(withdrawn)
         if not told:
-            verdict = yield Receive(VERDICT_SECONDS)
+            longest = offer.deadlines.ready_seconds + offer.deadlines.pause_seconds
+            verdict = yield Receive(longest)
             quarantine = isinstance(verdict, Stop) and verdict.quarantine
     if failure is not None:
         return Outcome("torn", error=described)
@@ -259,7 +260,7 @@ def _withdraw(
 def _return_to_base(adapter: Adapter, progress: _Progress) -> Exception | None:
     """Undo what was done. Returns why that failed, if it did: the replica is torn then."""
     try:
-        if progress.stage == "changed":
+        if progress.stage != "entering":
             with progress.timeline.span("roll_back"):
                 adapter.roll_back()
         else:

@@ -1,0 +1,152 @@
+"""Bytes broadcast between hosts, each played by a process; one of them dies."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from collective_member import content
+from core_tools import MIB, TIMEOUT_SECONDS, Background
+from torch.distributed import HashStore
+
+from checkpoint_engine.errors import TransferError
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.rendezvous import Rendezvous
+
+MEMBER = Path(__file__).with_name("collective_member.py")
+
+
+class Member:
+    """The other host."""
+
+    def __init__(self, port: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(MEMBER), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.answer() == "ready"
+
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def collective(port: int) -> Iterator[Collective]:
+    """This host's, member 0; its rank keeps the shared keys."""
+    collective = Collective(Rendezvous.of_environment(0, 2, "127.0.0.1", port), index=0, size=2)
+    yield collective
+    collective.abandon()
+
+
+@pytest.fixture
+def start_member(port: int) -> Iterator[Callable[[], Member]]:
+    members: list[Member] = []
+
+    def start() -> Member:
+        members.append(Member(port))
+        return members[-1]
+
+    yield start
+    for member in members:
+        with member.process:
+            member.process.kill()
+
+
+def meet(collective: Collective, member: Member, name: str) -> None:
+    member.tell(f"connect {name}")
+    collective.connect(name, TIMEOUT_SECONDS)
+    assert member.answer() == "done"
+
+
+def check_both_ways(collective: Collective, member: Member, num_bytes: int) -> None:
+    member.tell(f"receive {num_bytes}")
+    sent = content(num_bytes)
+    collective.broadcast(memoryview(sent), root=0, timeout_seconds=TIMEOUT_SECONDS)
+    assert member.answer() == hashlib.sha256(sent).hexdigest()
+    assert sent == content(num_bytes)
+    member.tell(f"send {num_bytes}")
+    received = bytearray(num_bytes + 2)
+    place = memoryview(received)[1:-1]
+    collective.broadcast(place, root=1, timeout_seconds=TIMEOUT_SECONDS)
+    assert member.answer() == "done"
+    assert received == b"\0" + content(num_bytes) + b"\0", "where they belong, and nowhere else"
+
+
+def test_bytes_arrive_where_they_belong(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    for num_bytes in (1, 1000, 5 * MIB):
+        check_both_ways(collective, member, num_bytes)
+    meet(collective, member, "update-2")
+    check_both_ways(collective, member, 300)
+
+
+def test_a_member_that_dies_fails_the_broadcast_and_a_new_group_works(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    check_both_ways(collective, member, 1000)
+    received = bytearray(1000)
+    waiting = Background(
+        lambda: collective.broadcast(memoryview(received), root=1, timeout_seconds=TIMEOUT_SECONDS)
+    )
+    assert not waiting.is_done(within_seconds=0.05)
+    member.tell("die")
+    with pytest.raises(TransferError, match="broadcast from host 1"):
+        waiting.result()
+    collective.abandon()
+    member = start_member()
+    meet(collective, member, "update-2")
+    check_both_ways(collective, member, 1000)
+
+
+def test_who_abandons_wakes_the_others(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    member.tell("receive 1000")
+    collective.abandon()
+    assert member.answer().startswith("TransferError: broadcast from host 0")
+    member.tell("abandon")
+    assert member.answer() == "done"
+    meet(collective, member, "update-2")
+    check_both_ways(collective, member, 1000)
+
+
+def test_a_member_that_says_nothing(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    with pytest.raises(TransferError, match="broadcast from host 1"):
+        collective.broadcast(memoryview(bytearray(10)), root=1, timeout_seconds=0.2)
+
+
+def test_a_member_that_does_not_come() -> None:
+    collective = Collective(Rendezvous(HashStore(), 0, 2), index=0, size=2)
+    with pytest.raises(TransferError, match="host 0 of 2 could not join the group"):
+        collective.connect("update-1", 0.2)
