@@ -6,30 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import torch
-from tiny_model import make_folder
+from e2e_model import make_folder
+from e2e_server import Server
 
 COMMAND = [sys.executable, "-m", "checkpoint_engine"]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A replica process and where it answers."""
-
-    process: subprocess.Popen[str]
-    endpoint: str
-
-    def info(self) -> dict[str, Any]:
-        return dict(httpx.get(f"{self.endpoint}/weight_info", timeout=30).json())
-
-    def complete(self, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.endpoint}/v1/completions", json=body, timeout=30)
 
 
 @pytest.fixture

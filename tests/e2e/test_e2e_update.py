@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server
+from e2e_server import Server
 from safetensors.torch import load_file, save_file
 
 from checkpoint_engine import ParameterServer, UpdateFailed, engine_requests

@@ -81,7 +81,7 @@ class ToyAdapter:
     label: str
     failing: set[str] = field(default_factory=set)
     failure: type[Exception] = AdapterError
-    identity: Identity = Identity(replica="toy", engine="toy engine")
+    identity: Identity = field(default_factory=lambda: Identity(replica="toy", engine="toy engine"))
     epoch: int = 0
     undecided: str | None = None
     paused: bool = False
