@@ -200,11 +200,11 @@ class ParameterServer:
         """
         try:
             by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
-        except msgspec.ValidationError as error:
+            decoded = [by_rank[rank] for rank in sorted(by_rank)]
+            for meta in decoded:
+                decode_manifest(msgspec.msgpack.encode(meta.manifest), msgpack=True)
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise ManifestError(f"not what get_metas gives: {error}") from error
-        decoded = [by_rank[rank] for rank in sorted(by_rank)]
-        for meta in decoded:
-            decode_manifest(meta.manifest.to_json())
         ranks = [meta.rank for meta in decoded]
         if ranks != list(range(self.world_size)):
             raise UsageError(f"these are the metas of ranks {ranks}, of {self.world_size} here")
@@ -250,6 +250,8 @@ class ParameterServer:
             UsageError: the checkpoint was not gathered.
         """
         policy = Policy(on_failure, min_replicas, require_rollback)
+        if report is not None and not Path(report).absolute().parent.is_dir():
+            raise UsageError(f"{report}: the report's folder does not exist")
         requests = [req_func] if callable(req_func) else list(req_func)
         if ranks and self.rank not in ranks:
             requests = []

@@ -50,6 +50,8 @@ def update_weights_from_ipc(
         HandoverError: nobody that is trusted listens at the handle.
     """
     model = getattr(run, "__self__", None)
+    if type(model).__weakrefoffset__ == 0 or type(model).__hash__ is None:
+        model = None  # a plain container, say: it cannot be remembered without keeping it alive
     kept = _kept.get(model, Kept()) if model is not None else Kept()
     adapter = CallbackAdapter(run, post_hook, _device(device_id), kept)
     try:

@@ -104,6 +104,7 @@ class CallbackAdapter:
 
         Raises:
             AdapterError: there is none, or the loader fails on it too.
+            VerificationError: the loader has changed its own copy of it.
         """
         self.abort()
         if self._served is None:
@@ -111,6 +112,8 @@ class CallbackAdapter:
                 "the loader failed and there is no version to go back to: restart the engine, or "
                 "send a complete version before it serves again"
             )
+        with byte_workers() as pool:
+            self._served.verify(pool)  # a loader may have written into what it was given
         self._load(self._served)
 
     def resume(self) -> None:

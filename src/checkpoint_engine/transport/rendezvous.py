@@ -107,12 +107,23 @@ class Rendezvous:
     def gather(self, key: str, value: bytes, timeout_seconds: float) -> list[bytes]:
         """Every rank's value, in the order of ranks; all ranks call it equally often."""
         deadline = time.monotonic() + timeout_seconds
-        number = self._rounds[key] = self._rounds.get(key, 0) + 1
-        self.put(f"{key}/{number}/{self.rank}", value)
+        number = self.offer(key, value)
         return [
             self.get(f"{key}/{number}/{rank}", deadline - time.monotonic())
             for rank in range(self.world_size)
         ]
+
+    def offer(self, key: str, value: bytes) -> int:
+        """This rank's part of a `gather` without waiting for the others; returns its round.
+
+        Whoever begins a round has ended the one before, and with it everybody the one before
+        that, so that one's value is deleted.
+        """
+        number = self._rounds[key] = self._rounds.get(key, 0) + 1
+        self.put(f"{key}/{number}/{self.rank}", value)
+        if number > 2:
+            self._delete(f"{key}/{number - 2}/{self.rank}")
+        return number
 
     def barrier(self, key: str, timeout_seconds: float) -> None:
         """Wait until every rank is here; fresh keys each time, so that it can be repeated."""
@@ -131,6 +142,12 @@ class Rendezvous:
         """Delete every key that this object and its forks set. Nobody may need them any more."""
         while self._keys:
             self._call(self._keys.pop(), self.store.delete_key)
+
+    def _delete(self, key: str) -> None:
+        for number in range(int(self._call(key, self.store.get))):
+            self._call(f"{key}/{number}", self.store.delete_key)
+        self._call(key, self.store.delete_key)
+        self._keys[:] = [kept for kept in self._keys if not kept.startswith(key)]
 
     def _wait(self, key: str, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=max(0.001, timeout_seconds))

@@ -162,6 +162,7 @@ class Conductor:
                 names = scope.gather("received", name.encode(), start.deadlines.ready_seconds)
         except Exception as failure:
             error = RemoteError.of(failure, f"rank {rank}")
+            scope.offer("received", b"")  # nobody needs to wait for this rank
         else:
             lead = version.hosts.lead(host)
             offer = Offer(
@@ -216,7 +217,7 @@ class Conductor:
             error: RemoteError | None = None
             try:
                 request(handles)
-            except Exception as failure:
+            except BaseException as failure:  # an exit from this thread would be seen by nobody
                 error = RemoteError.of(failure, f"rank {self.rendezvous.rank}, request {number}")
             with contextlib.suppress(CheckpointEngineError):  # nobody is left to be told
                 self._events.post(Returned(rank=self.rendezvous.rank, request=number, error=error))
