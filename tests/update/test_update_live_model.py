@@ -13,7 +13,8 @@ from torch import nn
 from toy_adapter import Memory, source_of
 from update_models import Odd, bytes_of, flip, fresh
 
-from checkpoint_engine.adapters.live import LiveModel, check_written, copy_workers, write
+from checkpoint_engine.adapters.live import LiveModel, check_written, write
+from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import AdapterError, VerificationError
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Executor]:
-    with copy_workers() as pool:
+    with byte_workers() as pool:
         yield pool
 
 
@@ -73,9 +74,9 @@ def test_tied_parameters_are_written_once() -> None:
     model = Odd(seed=1)
     shard = Memory().register("new", fresh(seed=2))
     copies = LiveModel(model).bind(shard.manifest, source_of(shard))
-    targets = [copy.target.data_ptr() for copy in copies if copy.target.numel()]
+    targets = [copy.target.data_ptr() for copy in copies.copies if copy.target.numel()]
     assert len(set(targets)) == len(targets)
-    assert len(LiveModel(model).snapshot()) == len(copies)
+    assert len(LiveModel(model).snapshot().copies) == len(copies.copies)
 
 
 def test_tied_names_with_different_content_are_refused() -> None:
@@ -158,7 +159,7 @@ def test_any_bits_survive_or_are_cast_as_torch_casts_them(
     bits = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=generator)
     new = bits.view(source)
     model = nn.ParameterDict({"w": nn.Parameter(torch.zeros_like(new, dtype=target))})
-    with copy_workers() as pool:
+    with byte_workers() as pool:
         bring(model, {"w": new}, pool)
     assert torch.equal(model["w"].detach().view(torch.uint8), new.to(target).view(torch.uint8))
 
@@ -226,6 +227,6 @@ def test_a_snapshot_leads_back_byte_for_byte(pool: Executor) -> None:
 def test_a_snapshot_is_not_changed_by_what_follows(pool: Executor) -> None:
     model = Odd(seed=1)
     snapshot = LiveModel(model).snapshot()
-    copies = {copy.name: copy.source.clone() for copy in snapshot}
+    copies = {copy.name: copy.source.clone() for copy in snapshot.copies}
     bring(model, fresh(seed=2), pool)
-    assert all(torch.equal(copy.source, copies[copy.name]) for copy in snapshot)
+    assert all(torch.equal(copy.source, copies[copy.name]) for copy in snapshot.copies)

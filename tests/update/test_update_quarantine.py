@@ -248,6 +248,18 @@ def test_an_engine_that_lost_a_worker_is_none_of_those_that_are_left() -> None:
     assert steps(play.withdrawn("a1")) == ["stop"]
 
 
+def test_an_engine_that_is_incomplete_at_the_ready_deadline_is_left_behind() -> None:
+    play = quarantining()
+    play.staged(num_requests=2)
+    play.join("a0", engine="a", worker=0, world_size=2)
+    play.join("b0", engine="b", worker=0, world_size=2)
+    play.join("b1", engine="b", worker=1, world_size=2)
+    for name in ("a0", "b0", "b1"):
+        play.ready(name)
+    (apply,) = play.wait(READY_SECONDS)
+    assert (apply.proceed, apply.quarantine) == (("b0", "b1"), ("a0",))
+
+
 @pytest.mark.parametrize("failing", ["a0", "a1"])
 def test_nothing_is_published_to_half_an_engine(failing: str) -> None:
     play = tensor_parallel(quarantining(), "a")

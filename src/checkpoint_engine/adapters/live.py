@@ -3,20 +3,22 @@
 Every name of the model's state dict counts, tied names included; buffers that are not persistent
 are no part of a version. Copies and digests run chunk by chunk on a few threads, and a chunk is
 digested from the live parameter right after it was written, while it is in the cache: checking
-costs a fraction of a second pass.
+costs a fraction of a second pass. Everything that is not a copy or a digest is done beforehand.
 
     live = LiveModel(model)
-    copies = live.bind(manifest, staged.tensor)      # refuses what does not fit
-    written = write(copies, pool)                    # digests of what is now live
+    plan = live.bind(manifest, staged.tensor)        # refuses what does not fit
+    written = write(plan, pool)                      # digests of what is now live
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from checkpoint_engine.codec.digest import chunk_digest, chunk_digests
@@ -24,10 +26,10 @@ from checkpoint_engine.dtypes import dtype_name, torch_shape
 from checkpoint_engine.errors import AdapterError, VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES, Manifest, TensorMeta, version_digest
 
-__all__ = ["Copy", "LiveModel", "Storage", "check_written", "copy_workers", "write"]
+__all__ = ["Copy", "LiveModel", "Plan", "Storage", "check_written", "write"]
 
 CASTABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
-GROUP_BYTES = 8 << 20
+GROUP_BYTES = 32 << 20
 
 Storage = str | tuple[int, tuple[int, ...]]
 """What tied tensors have in common: see `_storage`."""
@@ -56,6 +58,39 @@ class Copy:
         return same and self.source.is_contiguous() and self.target.is_contiguous()
 
 
+_Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Source and target bytes of one chunk of a copy; None for a copy that is made as a whole."""
+
+    copy: Copy
+    chunk: tuple[_Bytes, _Bytes] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.copy.target.nbytes if self.chunk is None else self.chunk[1].nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Copies, cut into pieces for a few threads: making the views takes longer than a pause may.
+
+    Attributes:
+        groups: the pieces in the order of the copies, small ones together.
+    """
+
+    copies: tuple[Copy, ...] = ()
+    groups: tuple[tuple[_Piece, ...], ...] = ()
+
+    @classmethod
+    def of(cls, copies: Iterable[Copy]) -> Plan:
+        """Cut copies into pieces."""
+        ordered = tuple(copies)
+        return cls(ordered, _grouped(piece for copy in ordered for piece in _pieces(copy)))
+
+
 class LiveModel:
     """The state dict of a model that is serving. Borrows the model; holds no copies."""
 
@@ -69,7 +104,7 @@ class LiveModel:
         """Every name of the state dict."""
         return frozenset(self._tensors)
 
-    def bind(self, manifest: Manifest, source: Callable[[TensorMeta], torch.Tensor]) -> list[Copy]:
+    def bind(self, manifest: Manifest, source: Callable[[TensorMeta], torch.Tensor]) -> Plan:
         """Pair every live tensor with its new content.
 
         What must be cast is cast here once, to know the digest that it will have.
@@ -84,24 +119,24 @@ class LiveModel:
         self._check_names(metas)
         copies: dict[Storage, Copy] = {}
         for name, meta in metas.items():
-            target = self._tensors[name]
-            _check_fit(meta, source(meta), target)
+            target, new = self._tensors[name], source(meta)
+            _check_fit(meta, new, target)
             key = _storage(name, target)
-            copy = Copy(name, source(meta), target, _expected(meta, source(meta), target))
+            copy = Copy(name, new, target, _expected(meta, new, target))
             first = copies.setdefault(key, copy)
             if first.expected != copy.expected:
                 raise AdapterError(
                     f"{name!r} and {first.name!r} are one tensor in this model, but differ in the "
                     "checkpoint"
                 )
-        return list(copies.values())
+        return Plan.of(copies.values())
 
-    def snapshot(self) -> list[Copy]:
+    def snapshot(self) -> Plan:
         """Private copies of every live tensor: a way back that needs nobody else."""
         unique = {_storage(name, tensor): (name, tensor) for name, tensor in self._tensors.items()}
-        return [
+        return Plan.of(
             Copy(name, tensor.clone(), tensor, _digests(tensor)) for name, tensor in unique.values()
-        ]
+        )
 
     def digest(self, names: Iterable[str] | None = None) -> str:
         """The version digest of the live tensors under these names (default all), recomputed."""
@@ -135,81 +170,66 @@ class LiveModel:
             raise AdapterError(f"the checkpoint lacks {missing[0]!r}{_more(missing)}")
 
 
-def copy_workers() -> ThreadPoolExecutor:
-    """Threads that copy and digest, each with one thread of torch's own."""
-    num_threads = min(4, torch.get_num_threads())
-    return ThreadPoolExecutor(
-        num_threads,
-        thread_name_prefix="ckpt-copy",
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
-
-
-def write(copies: Sequence[Copy], pool: Executor) -> dict[Storage, bytes]:
+def write(
+    plan: Plan, pool: Executor, digest: Callable[[memoryview], bytes] = chunk_digest
+) -> dict[Storage, bytes]:
     """Write every source into its target; returns what is live now, by storage.
 
     The digests are recomputed from the targets, chunk by chunk, after each was written.
     """
-    tasks = [task for copy in copies for task in _tasks(copy)]
-    results = itertools.chain.from_iterable(pool.map(_run_group, _grouped(tasks)))
+    results = pool.map(lambda group: [_write(piece, digest) for piece in group], plan.groups)
     written: dict[Storage, bytes] = {}
-    for (copy, _, _), digest in zip(tasks, results, strict=True):
-        key = _storage(copy.name, copy.target)
-        written[key] = written.get(key, b"") + digest
-    if _overlap(copies):  # one write may have changed what another wrote
-        return {_storage(copy.name, copy.target): _digests(copy.target) for copy in copies}
+    for group, digests in zip(plan.groups, results, strict=True):
+        for piece, live in zip(group, digests, strict=True):
+            key = _storage(piece.copy.name, piece.copy.target)
+            written[key] = written.get(key, b"") + live
+    if _overlap(plan.copies):  # one write may have changed what another wrote
+        return {_storage(copy.name, copy.target): _digests(copy.target) for copy in plan.copies}
     return written
 
 
-def check_written(copies: Iterable[Copy], written: Mapping[Storage, bytes]) -> None:
+def check_written(plan: Plan, written: Mapping[Storage, bytes]) -> None:
     """Compare what is live with what was to be written.
 
     Raises:
         VerificationError: a tensor differs; names it.
     """
-    for copy in copies:
+    for copy in plan.copies:
         if written[_storage(copy.name, copy.target)] != copy.expected:
             raise VerificationError(f"{copy.name!r} is live with other bytes than were sent")
 
 
-_Task = tuple[Copy, int, int]
+def _pieces(copy: Copy) -> Iterator[_Piece]:
+    """Chunks where bytes can be copied as they are, else all at once."""
+    if not copy.is_plain or copy.target.nbytes == 0:
+        yield _Piece(copy, None)
+        return
+    source, target = _bytes(copy.source).numpy(), _bytes(copy.target).numpy()
+    for at in range(0, target.nbytes, CHUNK_BYTES):
+        yield _Piece(copy, (source[at : at + CHUNK_BYTES], target[at : at + CHUNK_BYTES]))
 
 
-def _tasks(copy: Copy) -> list[_Task]:
-    """A copy's pieces: chunks where bytes can be copied as they are, else all at once."""
-    length = copy.target.nbytes
-    if not copy.is_plain or length == 0:
-        return [(copy, 0, length)]
-    return [(copy, at, min(at + CHUNK_BYTES, length)) for at in range(0, length, CHUNK_BYTES)]
-
-
-def _grouped(tasks: Sequence[_Task]) -> list[list[_Task]]:
+def _grouped(pieces: Iterable[_Piece]) -> tuple[tuple[_Piece, ...], ...]:
     """Small pieces together, so that handing them to a thread costs nothing."""
-    groups: list[list[_Task]] = [[]]
+    groups: list[list[_Piece]] = [[]]
     group_bytes = 0
-    for task in tasks:
-        num_bytes = task[2] - task[1]
-        if groups[-1] and group_bytes + num_bytes > GROUP_BYTES:
+    for piece in pieces:
+        if groups[-1] and group_bytes + piece.num_bytes > GROUP_BYTES:
             groups.append([])
             group_bytes = 0
-        groups[-1].append(task)
-        group_bytes += num_bytes
-    return groups
+        groups[-1].append(piece)
+        group_bytes += piece.num_bytes
+    return tuple(map(tuple, groups))
 
 
-def _run_group(tasks: Sequence[_Task]) -> list[bytes]:
-    return [_run(*task) for task in tasks]
-
-
-def _run(copy: Copy, start: int, end: int) -> bytes:
-    with torch.inference_mode():
-        if not copy.is_plain:
-            copy.target.copy_(copy.source)
-            return _digests(copy.target)
-        target = _bytes(copy.target)[start:end]
-        target.copy_(_bytes(copy.source)[start:end])
-        return chunk_digest(target.numpy().data) if end > start else b""
+def _write(piece: _Piece, digest: Callable[[memoryview], bytes]) -> bytes:
+    if piece.chunk is None:
+        with torch.inference_mode():
+            piece.copy.target.copy_(piece.copy.source)
+        return _digests(piece.copy.target)
+    source, target = piece.chunk
+    np.copyto(target, source)  # unlike torch's copy, it never starts threads of its own
+    return digest(target.data)
 
 
 def _expected(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> bytes:
@@ -228,7 +248,7 @@ def _check_fit(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> 
         raise AdapterError(f"{meta.name!r}: {source.dtype} is not cast to {target.dtype}")
 
 
-def _overlap(copies: Iterable[Copy]) -> bool:
+def _overlap(copies: Sequence[Copy]) -> bool:
     """Whether two live tensors share memory without being one, as views of a fused tensor do."""
     ranges = []
     for copy in copies:

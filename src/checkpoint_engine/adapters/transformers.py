@@ -16,15 +16,9 @@ from typing import Protocol
 import torch
 
 from checkpoint_engine.adapters.base import Identity, Served
-from checkpoint_engine.adapters.live import (
-    Copy,
-    LiveModel,
-    Storage,
-    check_written,
-    copy_workers,
-    write,
-)
+from checkpoint_engine.adapters.live import LiveModel, Plan, Storage, check_written, write
 from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import Version
 
@@ -73,8 +67,7 @@ class TransformersAdapter:
         self._staged: Staged | None = None
         self._incoming: Staged | None = None
         self._version: Version | None = None
-        self._copies: list[Copy] = []
-        self._back: list[Copy] = []
+        self._plan = self._back = Plan()
         self._written: dict[Storage, bytes] = {}
         self._next: Served | None = None
         self._torn = False
@@ -96,18 +89,19 @@ class TransformersAdapter:
         """
         self._incoming, self._version = staged, version
         self._serving.accept(version)
-        with copy_workers() as pool:
+        with byte_workers() as pool:
             staged.verify(pool)
-        self._copies = self._live.bind(staged.manifest, staged.tensor)
+        self._plan = self._live.bind(staged.manifest, staged.tensor)
         if self._staged is not None:
-            self._back = self._live.bind(self._staged.manifest, self._staged.tensor)
             return "staged"
         self._back = self._live.snapshot()
         return "snapshot"
 
     def abort(self) -> None:
         """Release the staged version."""
-        self._copies, self._back, self._written = [], [], {}
+        self._plan, self._written = Plan(), {}
+        if self._staged is None:
+            self._back = Plan()
         if self._incoming is not None:
             self._incoming.release()
         self._incoming = self._version = self._next = None
@@ -118,18 +112,18 @@ class TransformersAdapter:
 
     def apply(self) -> None:
         """Copy every chunk and digest it where it landed."""
-        with copy_workers() as pool:
-            self._written = write(self._copies, pool)
+        with byte_workers() as pool:
+            self._written = write(self._plan, pool)
 
     def check(self) -> Served:
         """Compare the digests of the live parameters with those of the version."""
         assert self._incoming is not None, "prepare comes before check"
-        check_written(self._copies, self._written)
+        check_written(self._plan, self._written)
         names = self._live.names & {meta.name for meta in self._incoming.manifest.tensors}
-        self._next = Served(
-            digest=self._live.digest_of(self._written, names),
-            served_digest=self._live.digest_of(self._written, self._live.names),
-        )
+        served = self._live.digest_of(self._written, self._live.names)
+        same = names == self._live.names
+        digest = served if same else self._live.digest_of(self._written, names)
+        self._next = Served(digest=digest, served_digest=served)
         return self._next
 
     def publish(self) -> None:
@@ -141,7 +135,7 @@ class TransformersAdapter:
         self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
         before, self._staged, self._incoming = self._staged, self._incoming, None
         self._torn = False
-        self._copies, self._back, self._written = [], [], {}
+        self._back, self._plan, self._written = self._plan, Plan(), {}
         if before is not None:
             before.release()
         self._serving.publish(self._version, self._served)
@@ -152,7 +146,7 @@ class TransformersAdapter:
         Raises:
             VerificationError: it is not.
         """
-        with copy_workers() as pool:
+        with byte_workers() as pool:
             check_written(self._back, write(self._back, pool))
         if self._live.digest() != self._served.served_digest:
             raise VerificationError("the way back did not lead to what was served before")

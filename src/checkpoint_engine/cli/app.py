@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from checkpoint_engine.cli import demo, doctor, replica, status, update
+from checkpoint_engine.cli import bench, demo, doctor, replica, status, update
 from checkpoint_engine.cli.console import exit_on_error, out
 
 __all__ = ["app", "main"]
@@ -24,6 +24,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo,
     replica.replica,
     update.update,
+    bench.bench,
     status.status,
     doctor.doctor,
 )

@@ -167,6 +167,8 @@ class Coordinator:
         if now < self._deadline or self.done:
             return self._advance(now)
         missing = self._missing_workers()
+        if self._phase == "entering":
+            missing += self._without_siblings()
         names = self._missing_ranks() + [worker.hello.replica for worker in missing]
         unheard = "an engine that was called to say hello"
         answers = "the requests to the engines to return"
@@ -381,15 +383,26 @@ class Coordinator:
         """Every request still running has a complete engine; none is expected of the others."""
         if self._must_settle() and now < self._settled_at:
             return False
-        num_missing: dict[str, int] = {}
-        for worker in self._active():
-            engine, world_size = worker.hello.engine, worker.hello.world_size
-            num_missing[engine] = num_missing.get(engine, world_size) - 1
+        num_missing = self._num_missing()
         # An engine that said no holds its request until it hears the verdict; a lost one does not.
         lost = {worker.hello.engine for worker in self._voters() if worker.state == "lost"}
         num_here = len(num_missing) + len(self._broken_engines() - lost)
         num_running = sum(self._num_requests.values()) - len(self._returned)
         return all(missing <= 0 for missing in num_missing.values()) and num_here >= num_running
+
+    def _num_missing(self) -> dict[str, int]:
+        """For each engine that is whole so far, how many of its workers have not said hello."""
+        num_missing: dict[str, int] = {}
+        for worker in self._active():
+            engine, world_size = worker.hello.engine, worker.hello.world_size
+            num_missing[engine] = num_missing.get(engine, world_size) - 1
+        return num_missing
+
+    def _without_siblings(self) -> list[_Worker]:
+        """Workers that are ready, of engines whose other workers did not come."""
+        num_missing = self._num_missing()
+        waiting = [worker for worker in self._active() if worker.state != "joined"]
+        return [worker for worker in waiting if num_missing[worker.hello.engine] > 0]
 
     def _must_settle(self) -> bool:
         """One request of one rank may call any number of engines: give the others a moment."""

@@ -1,0 +1,192 @@
+"""A broadcast to several hosts through our pipeline, next to a bare loop over the same buckets.
+
+Three processes on this machine stand for three hosts: the first has all bytes, the others lack
+them. Both ways use gloo over loopback and the same buckets, and receive into memory that exists.
+Only ours checks the digests of what is sent and of what arrives.
+
+    samples = measure_broadcast(num_bytes, rounds=15, warmups=2, tell=print)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
+from checkpoint_engine.errors import DeadlineExceeded, PeerLost
+from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
+from checkpoint_engine.sources import TensorSource
+from checkpoint_engine.store import Store
+from checkpoint_engine.timeline import Timeline
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update.sessions import Door
+from checkpoint_engine.update.staging import RankMeta, Version, deliver
+
+__all__ = ["measure_broadcast"]
+
+NUM_HOSTS = 3
+TENSOR_BYTES = 8 << 20
+TIMEOUT_SECONDS = 60.0
+TOTAL_SECONDS = 300.0
+
+
+class _Job(msgspec.Struct, frozen=True):
+    """What a rank is told on its command line."""
+
+    rank: int
+    port: int
+    num_bytes: int
+    rounds: int
+    warmups: int
+
+
+def measure_broadcast(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) -> Samples:
+    """The seconds of "broadcast", "bare" and "bare again" in every round.
+
+    Raises:
+        PeerLost: a rank died; its last words are in the message.
+        DeadlineExceeded: the ranks did not end.
+    """
+    tell("broadcast", 0, 1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    jobs = [_Job(rank, store.port, num_bytes, rounds, warmups) for rank in range(NUM_HOSTS)]
+    ranks = [_spawn(job) for job in jobs]
+    try:
+        outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    tell("broadcast", 1, 1)
+    return msgspec.json.decode(outputs[0], type=Samples)
+
+
+def _spawn(job: _Job) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own module, typed arguments
+        [sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _output(rank: int, process: subprocess.Popen[bytes]) -> bytes:
+    try:
+        output, errors = process.communicate(timeout=TOTAL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineExceeded(f"rank {rank} is not done in {TOTAL_SECONDS:.0f} s") from error
+    if process.returncode:
+        raise PeerLost(f"rank {rank} of the broadcast failed: {errors.decode()[-2000:]}")
+    return output
+
+
+class _Rank:
+    """One process of the broadcast."""
+
+    def __init__(self, job: _Job) -> None:
+        store = TCPStore("127.0.0.1", job.port, is_master=False, wait_for_workers=False)
+        self._rendezvous = Rendezvous(PrefixStore("bench", store), job.rank, NUM_HOSTS)
+        self._store = Store()
+        self._door = Door(self._store.segment)
+        self._version = self._gather(job)
+        self._collective = Collective(self._rendezvous, index=job.rank, size=NUM_HOSTS)
+        self._collective.connect("bench", TIMEOUT_SECONDS)
+        dist.init_process_group(
+            "gloo",
+            store=PrefixStore("bare", store),
+            rank=job.rank,
+            world_size=NUM_HOSTS,
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        )
+        flat = torch.ones(self._version.manifest.num_bytes, dtype=torch.uint8)
+        self._buckets = torch.split(flat, DEFAULT_BUCKET_BYTES)
+
+    def measure(self, job: _Job) -> Samples:
+        operations = [
+            self._operation("broadcast", self._deliver),
+            self._operation("bare", self._broadcast_bare),
+            self._operation("bare again", self._broadcast_bare),
+        ]
+        return run_rounds(
+            operations, rounds=job.rounds, warmups=job.warmups, tell=lambda *progress: None
+        )
+
+    def close(self) -> None:
+        self._rendezvous.barrier("close", TIMEOUT_SECONDS)
+        dist.destroy_process_group()
+        self._collective.abandon()
+        self._door.close()
+        self._store.close()
+
+    def _gather(self, job: _Job) -> Version:
+        """Rank 0 registers everything; every rank calls itself a host of its own."""
+        manifest, segment = Manifest.of(()), ""
+        if job.rank == 0:
+            tensors = {
+                f"tensor-{number}": torch.full((TENSOR_BYTES,), number % 256, dtype=torch.uint8)
+                for number in range(job.num_bytes // TENSOR_BYTES)
+            }
+            shard = self._store.register("bench", TensorSource(tensors))
+            manifest, segment = shard.manifest, shard.segment.name
+        meta = RankMeta(
+            rank=job.rank,
+            host=f"host {job.rank}",
+            address=self._door.address,
+            device_uuid="",
+            segment=segment,
+            manifest=manifest,
+        )
+        metas = self._rendezvous.gather("metas", msgspec.msgpack.encode(meta), TIMEOUT_SECONDS)
+        return Version.of([msgspec.msgpack.decode(one, type=RankMeta) for one in metas])
+
+    def _operation(self, name: str, run: Callable[[], None]) -> Operation:
+        """From when all ranks are ready until all are done."""
+
+        def timed() -> Mapping[str, float]:
+            watch = Stopwatch()
+            self._rendezvous.barrier("begin", TIMEOUT_SECONDS)
+            with watch.time(name):
+                run()
+                self._rendezvous.barrier("end", TIMEOUT_SECONDS)
+            return watch.seconds
+
+        return Operation(frozenset({name}), timed)
+
+    def _deliver(self) -> None:
+        received, _ = deliver(
+            self._version,
+            self._rendezvous.rank,
+            self._store,
+            self._collective,
+            Timeline("bench"),
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        if received is not None:
+            received.release()
+
+    def _broadcast_bare(self) -> None:
+        for bucket in self._buckets:
+            dist.broadcast(bucket, src=0)
+
+
+def _main(arguments: Iterable[str]) -> None:
+    (argument,) = arguments
+    job = msgspec.json.decode(argument, type=_Job)
+    rank = _Rank(job)
+    samples = rank.measure(job)
+    rank.close()
+    sys.stdout.buffer.write(msgspec.json.encode(samples))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""All rows of the benchmark, and one run of it.
+
+result = run_bench(size="full", rounds=15, only=(), tell=print)
+for row in result.rows:
+    print(row.name, row.ratio, row.reached)
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from checkpoint_engine.bench.broadcast import measure_broadcast
+from checkpoint_engine.bench.machine import Machine, Others
+from checkpoint_engine.bench.measure import Ratio, Row, Samples, Tell, needed, run_rounds
+from checkpoint_engine.bench.updates import Updates
+from checkpoint_engine.bench.weights import SIZES, Size
+from checkpoint_engine.errors import UsageError
+
+__all__ = ["BROADCASTS", "UPDATES", "BenchResult", "run_bench"]
+
+UPDATES = (
+    Ratio("apply", "apply", "copy", 1.15),
+    Ratio("pause", "pause", "copy", 1.6),
+    Ratio("update", "update", "copy", 2.3),
+    Ratio("register", "register", "copy", 1.8),
+    Ratio("files", "files", "update", 4.0, at_least=True),
+    Ratio("trainer", "files", "register and update", 2.0, at_least=True),
+    Ratio("copy-control", "copy again", "copy"),
+)
+BROADCASTS = (
+    Ratio("broadcast", "broadcast", "bare", 1.2),
+    Ratio("broadcast-control", "bare again", "bare"),
+)
+
+WARMUPS = 4  # until the replica has its snapshot behind it, and a map of each pooled segment
+BROADCAST_WARMUPS = 2
+TMPFS = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+
+
+class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One run.
+
+    Attributes:
+        size: of the model.
+        others: how busy others kept the processors meanwhile, between 0 and 1.
+        seconds: the median of everything that was timed; "update/..." are an update's stages.
+        samples: the seconds of every round.
+    """
+
+    machine: Machine
+    size: str
+    rounds: int
+    others: float
+    rows: tuple[Row, ...]
+    seconds: dict[str, float]
+    samples: Samples
+
+
+def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> BenchResult:
+    """Measure the rows in `only`, or all of them.
+
+    Args:
+        size: one of `weights.SIZES`.
+        rounds: how often everything is run and counted.
+        only: names of `UPDATES` and `BROADCASTS`.
+        tell: called as the run proceeds.
+
+    Raises:
+        UsageError: there is no such size or row, or no room for a file of that size.
+        CheckpointEngineError: an update or a broadcast failed.
+    """
+    _check(size, only)
+    machine, others = Machine.this(), Others()
+    rows: list[Row] = []
+    samples: Samples = {}
+    if updates := _chosen(UPDATES, only):
+        measured, num_bytes = _measure_updates(SIZES[size], rounds, updates, tell)
+        rows += [ratio.row(measured, num_bytes) for ratio in updates]
+        samples |= measured
+    if broadcasts := _chosen(BROADCASTS, only):
+        num_bytes = SIZES[size].broadcast_bytes
+        measured = measure_broadcast(num_bytes, rounds=rounds, warmups=BROADCAST_WARMUPS, tell=tell)
+        rows += [ratio.row(measured, num_bytes) for ratio in broadcasts]
+        samples |= measured
+    return BenchResult(
+        machine=machine,
+        size=size,
+        rounds=rounds,
+        others=others.share(),
+        rows=tuple(rows),
+        seconds={name: median(values) for name, values in samples.items()},
+        samples=samples,
+    )
+
+
+def _chosen(ratios: Collection[Ratio], only: Collection[str]) -> list[Ratio]:
+    return [ratio for ratio in ratios if not only or ratio.name in only]
+
+
+def _measure_updates(
+    size: Size, rounds: int, ratios: Collection[Ratio], tell: Tell
+) -> tuple[Samples, int]:
+    with tempfile.TemporaryDirectory(prefix="ckpt-engine-bench-", dir=TMPFS) as folder:
+        tell("making models", 0, 1)
+        with Updates(size, Path(folder)) as updates:
+            operations = needed(updates.operations(), ratios)
+            samples = run_rounds(operations, rounds=rounds, warmups=WARMUPS, tell=tell)
+            return samples, updates.num_bytes
+
+
+def _check(size: str, only: Collection[str]) -> None:
+    if size not in SIZES:
+        raise UsageError(f"--size is {' or '.join(SIZES)}, not {size!r}")
+    known = [ratio.name for ratio in (*UPDATES, *BROADCASTS)]
+    unknown = sorted(set(only) - set(known))
+    if unknown:
+        raise UsageError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(known)}")
+    room = 2 * SIZES[size].file_bytes  # a file is saved beside the one that it replaces
+    if not TMPFS.is_dir() or shutil.disk_usage(TMPFS).free < room:
+        raise UsageError(f"{TMPFS}: files need {room / 1e9:.1f} GB there; a container: --shm-size")

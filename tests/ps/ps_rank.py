@@ -1,0 +1,158 @@
+"""One rank of a parameter server, whose engine is a loader in this same process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+from ps_tools import DEVICE, Handles, digests, say, serve, version
+
+from checkpoint_engine.calls import engine_requests
+from checkpoint_engine.errors import UpdateFailed
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.transport.rendezvous import Log
+from checkpoint_engine.update import conductor
+from checkpoint_engine.worker import update_weights_from_ipc
+
+
+class Model:
+    """Weights and a loader that fails when told to."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+        self.failing = False
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        if self.failing:
+            self.failing = False
+            raise RuntimeError("load_weights refused")
+        self.weights = {name: tensor.clone() for name, tensor in named}
+
+
+class Rank:
+    """The commands."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.server: ParameterServer | None = None
+
+    def meet(self, **arguments: Any) -> tuple[int, int]:
+        self.server = ParameterServer(**arguments)
+        return self.server.rank, self.server.world_size
+
+    def register(
+        self, name: str, seed: int, share: tuple[int, int] | None = None, pooled: bool = False
+    ) -> None:
+        """All tensors of a version, or every n-th of them."""
+        assert self.server is not None
+        tensors = version(seed)
+        if share is not None:
+            tensors = dict(list(tensors.items())[share[0] :: share[1]])
+        self.server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=pooled)
+        self.server.gather_metas(name)
+
+    def register_model(self, name: str, seed: int) -> None:
+        """What the replicas of these tests can serve."""
+        from ps_replicas import weights
+
+        assert self.server is not None
+        self.server.register_checkpoint(name, named_tensors=weights(seed))
+        self.server.gather_metas(name)
+
+    def unregister(self, name: str) -> None:
+        assert self.server is not None
+        self.server.unregister_checkpoint(name)
+
+    def flip(self, name: str) -> None:
+        """Bad memory: one bit of what was registered."""
+        assert self.server is not None
+        self.server._store[name].memory[0] ^= 1
+
+    def barrier(self, timeout: float = 30.0) -> None:
+        assert self.server is not None
+        self.server.store_based_barrier(timedelta(seconds=timeout))
+
+    def join_group(self) -> int:
+        """What the ranks' numbers add up to, over torch's default group."""
+        import torch.distributed as dist
+
+        assert self.server is not None
+        self.server.init_process_group(timeout=timedelta(seconds=30))
+        total = torch.tensor(dist.get_rank() + 1)
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return int(total)
+
+    def update(
+        self,
+        name: str,
+        failing: bool = False,
+        calls_engine: bool = True,
+        die_while_staging: bool = False,
+        timeout: float = 30.0,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The outcome, with the error's text if it was not published."""
+        assert self.server is not None
+        self.model.failing = failing
+        if die_while_staging:
+            conductor.deliver = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+        def request(handles: Handles) -> None:
+            say(event="called", handles=handles)
+            if calls_engine:
+                assert self.server is not None
+                handle = handles[self.server.rank][1]
+                update_weights_from_ipc(None, handle, "cpu", run=self.model.load_weights)
+
+        return self._outcome(name, [request], timeout, **options)
+
+    def update_engines(self, name: str, endpoints: list[str], others: int = 0) -> dict[str, Any]:
+        """Engines behind HTTP, and some that whoever hears "called" has to call."""
+        ended = threading.Event()
+
+        def announce(handles: Handles) -> None:
+            say(event="called", handle=dict(handles)[DEVICE])
+            ended.wait(60)
+
+        requests = engine_requests(endpoints, rank=0, world_size=1, timeout_seconds=60)
+        return self._outcome(name, [*requests, *[announce] * others], 60.0)
+
+    def read_slowly(self, seconds: float) -> None:
+        """Hear of every decision a little later than the others."""
+        next_entry = Log.next
+
+        def late(log: Log, timeout_seconds: float) -> bytes:
+            time.sleep(seconds)
+            return next_entry(log, timeout_seconds)
+
+        Log.next = late  # type: ignore[method-assign]
+
+    def weights(self) -> dict[str, str]:
+        return digests(self.model.weights)
+
+    def num_sockets(self) -> int:
+        return len(os.listdir(os.environ["CKPT_ENGINE_SOCKET_DIR"]))
+
+    def _outcome(
+        self, name: str, requests: list[Any], timeout: float, **options: Any
+    ) -> dict[str, Any]:
+        assert self.server is not None
+        try:
+            report = self.server.update(
+                name, requests, timeout=timedelta(seconds=timeout), **options
+            )
+        except UpdateFailed as failure:
+            return {"error": str(failure), **msgspec.to_builtins(failure.report)}
+        return {"error": None, **msgspec.to_builtins(report)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve(Rank())
