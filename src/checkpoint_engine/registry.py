@@ -15,6 +15,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -103,7 +104,7 @@ class Registry:
         Milliseconds since 1970, so that a registry that starts anew is not fenced off by
         replicas that remember the old one.
         """
-        ((last,),) = self._execute("select coalesce(max(epoch), 0) from updates").fetchall()
+        ((last,),) = self._rows("select coalesce(max(epoch), 0) from updates")
         return max(int(last) + 1, int(time.time() * 1000))
 
     def start(self, update: str, epoch: int, version: str, digest: str) -> None:
@@ -165,16 +166,16 @@ class Registry:
     def _records(self, where: str, *parameters: object) -> list[UpdateRecord]:
         fields = UpdateRecord.__struct_fields__
         query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
-        rows = self._execute(query, *parameters).fetchall()
+        rows = self._rows(query, *parameters)
         return [UpdateRecord(**dict(zip(fields, row, strict=True))) for row in rows]
 
     def _change(self, update: str, statement: str, *parameters: object) -> None:
-        if self._execute(statement, *parameters).rowcount != 1:
+        if not self._rows(f"{statement} returning id", *parameters):
             raise UsageError(f"{self._path}: holds no update {update!r}; was the file replaced?")
 
-    def _execute(self, statement: str, *parameters: object) -> sqlite3.Cursor:
+    def _rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
-                return self._connection.execute(statement, parameters)
+                return self._connection.execute(statement, parameters).fetchall()
             except sqlite3.Error as error:
                 raise UsageError(f"{self._path}: not usable as a registry: {error}") from error

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -209,12 +210,11 @@ def test_a_page_that_rotted(registry: Registry, path: Path) -> None:
     num_refused = 0
     for start in range(4096, len(whole), 4096):
         path.write_bytes(whole[:start] + b"\xff" * 4096 + whole[start + 4096 :])
-        rotten = Registry(path)
-        try:
-            assert len(rotten.history(limit=1000)) == 300
-        except UsageError as error:
-            num_refused += str(path) in str(error)
-        rotten.close()
+        with closing(Registry(path)) as rotten:
+            try:
+                assert len(rotten.history(limit=1000)) == 300
+            except UsageError as error:
+                num_refused += str(path) in str(error)
     assert num_refused > 5
 
 
@@ -222,8 +222,8 @@ def test_another_programs_database(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("create table updates (id text, mine text)")
     connection.close()
-    with pytest.raises(UsageError, match=str(path)):
-        Registry(path).history()
+    with pytest.raises(UsageError, match=str(path)), closing(Registry(path)) as registry:
+        registry.history()
 
 
 def test_a_closed_registry(registry: Registry, path: Path) -> None:

@@ -19,6 +19,7 @@ from checkpoint_engine.errors import SourceError, StoreError
 from checkpoint_engine.plan.layout import TensorSpec
 from checkpoint_engine.store import Segment, Store
 
+PAGE = mmap.PAGESIZE
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 
@@ -161,16 +162,16 @@ def test_pooled_memory_is_used_again(store: Store) -> None:
 def test_pooled_memory_that_is_too_small_is_given_back(store: Store) -> None:
     put(store, 1)
     store.unregister("v1")
-    larger = put(store, 2, num_bytes=10_000)
-    assert store.allocated_bytes == larger.capacity_bytes == 3 * mmap.PAGESIZE
+    larger = put(store, 2, num_bytes=2 * PAGE + 1)
+    assert store.allocated_bytes == larger.capacity_bytes == 3 * PAGE
 
 
 def test_the_smallest_segment_that_fits_is_used(store: Store) -> None:
-    segments = [put(store, n, num_bytes=size) for n, size in enumerate((50_000, 9_000))]
+    segments = [put(store, n, num_bytes=size) for n, size in enumerate((9 * PAGE, 3 * PAGE))]
     for number in (0, 1):
         store.unregister(f"v{number}")
-    assert put(store, 2, num_bytes=5_000) is segments[1]
-    assert put(store, 3, num_bytes=5_000) is segments[0]
+    assert put(store, 2, num_bytes=2 * PAGE) is segments[1]
+    assert put(store, 3, num_bytes=2 * PAGE) is segments[0]
 
 
 def test_other_memory_is_given_back_at_once(store: Store) -> None:
@@ -225,7 +226,7 @@ def test_unregister_with_force_empties_the_pool(store: Store) -> None:
     for number in range(5):
         put(store, number)
     store.unregister("v3")
-    assert store.allocated_bytes == 2 * mmap.PAGESIZE
+    assert store.allocated_bytes == 2 * PAGE
     store.unregister("v4", force=True)
     assert (store.allocated_bytes, num_fds(), num_maps()) == (0, *before)
 
@@ -299,13 +300,13 @@ def test_a_thousand_rounds_leave_nothing(
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("budget_bytes", [0, 1000, mmap.PAGESIZE, 10_000, 12_288, 100_000])
+@pytest.mark.parametrize("budget_bytes", [0, 1000, PAGE, 2 * PAGE + 1, 3 * PAGE, 25 * PAGE])
 def test_the_budget_is_never_exceeded(budget_bytes: int, pooled: bool) -> None:
     store = Store(retain=99, budget_bytes=budget_bytes)
 
     def fill() -> None:
         for number in range(100):
-            put(store, number, num_bytes=2000 * (number + 1), pooled=pooled)
+            put(store, number, num_bytes=PAGE // 2 * (number + 1), pooled=pooled)
             assert store.allocated_bytes <= budget_bytes
 
     with pytest.raises(StoreError, match=r"exceeds the store's budget.*unregister versions"):
@@ -317,21 +318,21 @@ def test_the_budget_is_never_exceeded(budget_bytes: int, pooled: bool) -> None:
 
 
 def test_what_is_unregistered_makes_room() -> None:
-    store = Store(budget_bytes=2 * mmap.PAGESIZE)
+    store = Store(budget_bytes=2 * PAGE)
     put(store, 1, pooled=False)
     with pytest.raises(StoreError, match="budget"):
-        put(store, 2, num_bytes=5000, pooled=False)
+        put(store, 2, num_bytes=PAGE + 1, pooled=False)
     store.unregister("v1")
-    put(store, 2, num_bytes=5000, pooled=False)
+    put(store, 2, num_bytes=PAGE + 1, pooled=False)
     store.close()
 
 
 def test_idle_memory_makes_room_for_a_larger_version() -> None:
-    store = Store(budget_bytes=3 * mmap.PAGESIZE)
-    put(store, 1, num_bytes=5000)
+    store = Store(budget_bytes=3 * PAGE)
+    put(store, 1, num_bytes=PAGE + 1)
     store.unregister("v1")
-    put(store, 2, num_bytes=9000)
-    assert store.allocated_bytes == 3 * mmap.PAGESIZE
+    put(store, 2, num_bytes=2 * PAGE + 1)
+    assert store.allocated_bytes == 3 * PAGE
     store.close()
 
 
