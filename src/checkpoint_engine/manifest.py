@@ -38,6 +38,7 @@ __all__ = [
     "TensorMeta",
     "Version",
     "align",
+    "check_manifest",
     "check_tensor",
     "cut_chunks",
     "decode_manifest",
@@ -189,10 +190,15 @@ def decode_manifest(data: bytes | bytearray | memoryview, *, msgpack: bool = Fal
         manifest = decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"not a manifest: {error}") from error
+    check_manifest(manifest)
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise ManifestError if a manifest that was made elsewhere contradicts itself."""
     _validate(manifest)
     if manifest.digest != version_digest(manifest.tensors):
         raise ManifestError("the manifest's digest is not that of its tensors")
-    return manifest
 
 
 def version_digest(tensors: Iterable[TensorMeta]) -> str:

@@ -30,7 +30,7 @@ import msgspec
 from checkpoint_engine.calls import request_inference_to_update
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import ManifestError, UpdateFailed, UsageError
-from checkpoint_engine.manifest import Manifest, decode_manifest
+from checkpoint_engine.manifest import Manifest, check_manifest
 from checkpoint_engine.registry import Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
@@ -200,11 +200,11 @@ class ParameterServer:
         """
         try:
             by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
-            decoded = [by_rank[rank] for rank in sorted(by_rank)]
-            for meta in decoded:
-                decode_manifest(msgspec.msgpack.encode(meta.manifest), msgpack=True)
         except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise ManifestError(f"not what get_metas gives: {error}") from error
+        decoded = [by_rank[rank] for rank in sorted(by_rank)]
+        for meta in decoded:
+            check_manifest(meta.manifest)
         ranks = [meta.rank for meta in decoded]
         if ranks != list(range(self.world_size)):
             raise UsageError(f"these are the metas of ranks {ranks}, of {self.world_size} here")

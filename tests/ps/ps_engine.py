@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from ps_tools import commands, digests, say, serve
 
 from checkpoint_engine.worker import update_weights_from_ipc
@@ -73,6 +74,11 @@ class Engine:
         update_weights_from_ipc(
             None, handle, "cpu", run=self.model.load_weights, post_hook=post_hook
         )
+
+    def join_group(self, rank: int, world_size: int, port: int) -> None:
+        """Be one of the workers of one engine, as tensor parallel ranks are."""
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
 
     def update_function(self, handle: str) -> None:
         """With a loader that is no method of anything."""

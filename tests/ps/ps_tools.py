@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -51,6 +52,12 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def register(server: ParameterServer, name: str, seed: int, **options: Any) -> None:
     server.register_checkpoint(name, named_tensors=version(seed), **options)
     server.gather_metas(name)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], what: str = "the condition") -> None:

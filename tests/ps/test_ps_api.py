@@ -380,7 +380,7 @@ def test_hostile_metas_are_refused_or_harmless(
 ) -> None:
     server, metas = honest
     lying = copy.deepcopy(metas)
-    (*parents, last) = data.draw(st.sampled_from(sorted(places(lying[0]), key=str)[1:]))
+    *parents, last = data.draw(st.sampled_from([path for path in places(lying[0]) if path]))
     lie = data.draw(lies)
     place: Any = lying[0]
     for key in parents:

@@ -9,7 +9,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from ps_tools import DEVICE, EngineProcess, Handles, digests, register, version
+from ps_tools import (
+    DEVICE,
+    EngineProcess,
+    Handles,
+    digests,
+    free_port,
+    register,
+    version,
+)
 
 from checkpoint_engine.errors import UpdateFailed, UsageError
 from checkpoint_engine.ps import ParameterServer
@@ -370,6 +378,84 @@ def test_a_registry_that_cannot_be_opened_is_refused_before_anything_changes(
     with pytest.raises(UsageError, match="registry"):
         server.update("step-1", engines[0].request())
     assert engines[0].weights == {}
+
+
+def failing_with(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [UsageError("the disk is full"), OSError("the disk is gone")])
+def test_a_publish_that_cannot_be_recorded_is_rolled_back(
+    error: Exception, server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absence of a record means abort, so a decision without a record is none."""
+    bring(server, engines, seed=1)
+    register(server, "step-2", 2)
+    with monkeypatch.context() as patch, pytest.raises(UpdateFailed, match=str(error)) as failure:
+        patch.setattr(Registry, "publish", failing_with(error))
+        server.update("step-2", [engine.request() for engine in engines])
+    assert failure.value.report.outcome == "rolled_back"
+    assert [engine.weights for engine in engines] == [digests(version(1))] * 2
+    bring(server, engines, seed=3)
+
+
+def test_an_end_that_cannot_be_recorded_is_told_and_changes_nothing(
+    server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(server, "step-1", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "finish", failing_with(UsageError("the disk is full")))
+        report = server.update("step-1", engines[0].request())
+    assert report.outcome == "published"
+    assert any("the disk is full" in entry for entry in report.degraded)
+    assert engines[0].weights == digests(version(1))
+
+
+def test_an_older_coordinator_is_refused_by_who_knows_a_newer_one(
+    server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring(server, engines, seed=1)
+    register(server, "step-2", 2)
+    with monkeypatch.context() as patch, pytest.raises(UpdateFailed, match="newer coordinator"):
+        patch.setattr(Registry, "next_epoch", lambda registry: 7)
+        server.update("step-2", engines[0].request())
+    assert engines[0].weights == digests(version(1))
+    bring(server, engines, seed=3)
+
+
+def test_an_engine_of_two_workers_changes_as_one(server: ParameterServer) -> None:
+    with EngineProcess() as first, EngineProcess() as second:
+        workers, port = (first, second), free_port()
+        joining = [
+            worker.send("join_group", rank=rank, world_size=2, port=port)
+            for rank, worker in enumerate(workers)
+        ]
+        for worker, number in zip(workers, joining, strict=True):
+            worker.result(number)
+
+        def call_engine(*behaviours: str) -> Callable[[Handles], None]:
+            def call(handles: Handles) -> None:
+                numbers = [
+                    worker.send("update", handle=handles[0][1], behaviour=behaviour)
+                    for worker, behaviour in zip(workers, behaviours, strict=True)
+                ]
+                for worker, number in zip(workers, numbers, strict=True):
+                    worker.result(number)
+
+            return call
+
+        register(server, "step-1", 1)
+        report = server.update("step-1", call_engine("load", "load"))
+        assert sorted(replica.name.split()[-1] for replica in report.replicas) == ["0", "1"]
+        register(server, "step-2", 2)
+        with pytest.raises(UpdateFailed, match="load_weights refused"):
+            server.update("step-2", call_engine("load", "raise"))
+        with pytest.raises(UpdateFailed, match="load_weights refused"):
+            server.update("step-2", call_engine("raise", "load"), on_failure="quarantine")
+        assert [worker.weights for worker in workers] == [digests(version(1))] * 2
 
 
 def test_the_calls_of_a_rank_that_is_not_among_the_ranks_are_not_made(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from ps_tools import Child, digests, version
+from ps_tools import Child, digests, free_port, version
+
+pytestmark = pytest.mark.slow
 
 Ranks = list[Child]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def call_all(children: Sequence[Child], do: str, **arguments: Any) -> list[Any]:

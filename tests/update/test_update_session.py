@@ -55,6 +55,7 @@ def test_every_wait_has_a_deadline() -> None:
     greeting, for_apply, for_publish = scene.waited
     assert 0 < greeting <= DEADLINES.ready_seconds
     assert (for_apply, for_publish) == (DEADLINES.ready_seconds, DEADLINES.pause_seconds)
+    assert scene.adapter.paused_for == DEADLINES.pause_seconds
 
 
 def test_each_stage_is_timed_once() -> None:

@@ -85,6 +85,7 @@ class ToyAdapter:
     epoch: int = 0
     undecided: str | None = None
     paused: bool = False
+    paused_for: float | None = None
     torn: str | None = None
     quarantined: str | None = None
     calls: list[str] = field(default_factory=list)
@@ -106,7 +107,7 @@ class ToyAdapter:
         self._release()
 
     def pause(self, timeout_seconds: float) -> None:
-        assert timeout_seconds == DEADLINES.pause_seconds
+        self.paused_for = timeout_seconds
         self._call("pause")
         self.paused = True
 

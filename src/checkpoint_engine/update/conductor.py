@@ -102,6 +102,7 @@ class Conductor:
                 sessions.close()
             if received is not None:
                 received.release()
+            self._events.close()
 
     # ── rank 0 ──────────────────────────────────────────────────────────────────────────────
 
@@ -239,9 +240,17 @@ class _Outbox:
         self._log = rendezvous.log("events")
         self._lock = threading.Lock()
 
+        self._closed = False
+
     def post(self, event: Event) -> None:
         with self._lock:
-            self._log.append(msgspec.msgpack.encode(event))
+            if not self._closed:
+                self._log.append(msgspec.msgpack.encode(event))
+
+    def close(self) -> None:
+        """The update is over: what comes late would be read by nobody, and stay for ever."""
+        with self._lock:
+            self._closed = True
 
 
 def _coordinate(
