@@ -275,7 +275,7 @@ class Coordinator:
             if self._reason:
                 return self._stop(now)
             self._phase, self._settled_at = "entering", now + SETTLE_SECONDS
-            return [Decision(step="enter")]
+            return [Decision(step="enter"), *self._advance_entering(now)]
         if self._phase == "entering":
             return self._advance_entering(now)
         if self._phase == "applying":
