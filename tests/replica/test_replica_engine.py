@@ -17,6 +17,7 @@ from checkpoint_engine.replica.sequence import (
     GenerationRequest,
     Token,
     WeightSpan,
+    cache_name,
     weight_spans,
 )
 
@@ -358,8 +359,9 @@ def greedy_with_kept_cache(
     inputs, cache, tokens = PROMPT, None, []
     for index in range(num_tokens):
         model = old if index < boundary else new
-        output = model(input_ids=torch.tensor([inputs]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        argument = cache_name(model)
+        output = model(input_ids=torch.tensor([inputs]), use_cache=True, **{argument: cache})
+        cache = output[argument]
         tokens.append(int(output.logits[0, -1].argmax()))
         inputs = tokens[-1:]
     return tokens

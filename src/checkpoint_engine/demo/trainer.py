@@ -146,17 +146,16 @@ class Trainer:
 
         A replica that decodes one sequence at a time computes the same tokens at temperature 0.
         """
-        input_ids, cache, token_ids = torch.tensor([list(prompt_ids)]), None, []
-        with torch.no_grad():
-            for _ in range(num_tokens):
-                output = self.model(
-                    input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                input_ids, cache = output.logits.argmax(-1), output.past_key_values
-                token_ids.append(int(input_ids))
-                if token_ids[-1] == _EOS_ID:
-                    break
-        return tuple(token_ids)
+        prompt = torch.tensor([list(prompt_ids)])
+        (token_ids,) = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=_EOS_ID,
+            pad_token_id=_EOS_ID,
+        )
+        return tuple(token_ids.tolist()[len(prompt_ids) :])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`."""

@@ -16,6 +16,7 @@ is empty, decode when it lacks one token, and recomputation after a drop: one co
 
 from __future__ import annotations
 
+import inspect
 import math
 import queue
 import threading
@@ -41,6 +42,7 @@ __all__ = [
     "Token",
     "WeightSpan",
     "WeightVersion",
+    "cache_name",
     "sample",
     "weight_spans",
 ]
@@ -245,10 +247,11 @@ class Sequence:
     def _next_logits(self, model: PreTrainedModel) -> torch.Tensor:
         """Logits [vocab], float32 on the CPU."""
         input_ids = torch.tensor([self._token_ids[self._num_cached :]], device=model.device)
+        argument = cache_name(model)
         output = model(
-            input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=input_ids, use_cache=True, logits_to_keep=1, **{argument: self._cache}
         )
-        self._cache, self._num_cached = output.past_key_values, len(self._token_ids)
+        self._cache, self._num_cached = output[argument], len(self._token_ids)
         logits: torch.Tensor = output.logits[0, -1]
         return logits.float().cpu()
 
@@ -331,6 +334,11 @@ class StopStrings:
             ),
             default=0,
         )
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What a model calls its KV cache: transformers renames it, family by family."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
