@@ -92,11 +92,14 @@ class Registry:
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("pragma journal_mode = wal")
-            self._connection.execute("pragma synchronous = full")
-            self._connection.execute(SCHEMA)
         except sqlite3.Error as error:
             raise UsageError(f"{path}: not usable as a registry: {error}") from error
+        try:
+            for statement in ("pragma journal_mode = wal", "pragma synchronous = full", SCHEMA):
+                self._rows(statement)
+        except UsageError:
+            self._connection.close()
+            raise
 
     def next_epoch(self) -> int:
         """A number above every epoch recorded here, and above those of lost registries.
@@ -123,11 +126,15 @@ class Registry:
         )
 
     def finish(self, update: str, outcome: str, report: bytes) -> None:
-        """Record how it ended, with the report as JSON."""
+        """Record how it ended, with the report as JSON.
+
+        A decision to publish that was vetoed may have been recorded all the same: it is undone.
+        """
         self._change(
             update,
-            "update updates set finished_at = ?, outcome = ?, report = ? where id = ?",
-            time.time(), outcome, report, update,
+            "update updates set finished_at = ?, outcome = ?, report = ?, "
+            "published_at = case ? when 'published' then published_at end where id = ?",
+            time.time(), outcome, report, outcome, update,
         )  # fmt: skip
 
     def settle(self) -> list[UpdateRecord]:

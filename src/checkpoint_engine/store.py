@@ -195,7 +195,8 @@ class Store:
         """Copy a source's bytes into a segment and digest them on the way.
 
         The source may be closed, and its tensors may change, once this returns. If anything
-        fails, nothing of the version remains.
+        fails, nothing of the version remains; a pooled one may have let the oldest go already,
+        whose memory it was to use.
 
         Raises:
             SourceError: the source contradicts itself or cannot be read.

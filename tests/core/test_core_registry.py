@@ -65,6 +65,14 @@ def record_of(registry: Registry, update: str) -> UpdateRecord:
     return found
 
 
+def test_a_publish_that_was_recorded_and_vetoed_was_none(registry: Registry) -> None:
+    registry.start("u1", registry.next_epoch(), "step-1", DIGEST)
+    registry.publish("u1")
+    registry.finish("u1", "rolled_back", b"{}")
+    assert record_of(registry, "u1").published_at is None
+    assert registry.last_published() is None
+
+
 def test_the_life_of_an_update(registry: Registry) -> None:
     epoch = registry.next_epoch()
     registry.start("u1", epoch, "step-1", DIGEST)

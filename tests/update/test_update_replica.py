@@ -60,7 +60,6 @@ class Digesting:
         assert not self._thread.is_alive()
 
 
-@pytest.mark.known_defect
 def test_an_operator_who_resumes_while_weights_are_digested_is_heard(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:

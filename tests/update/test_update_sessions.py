@@ -175,7 +175,6 @@ def test_a_stop_reaches_every_session(applied: bool, rank: Rank) -> None:
     assert worker.adapter.weights == OLD
 
 
-@pytest.mark.known_defect
 def test_who_says_no_is_heard_and_told_at_last_whether_it_is_quarantined(
     make_rank: Callable[..., Rank],
 ) -> None:

@@ -70,6 +70,9 @@ class Replica:
         self._updating = threading.Lock()
         # Held while weights change, so that nobody digests half of each version.
         self._weights = threading.Lock()
+        # Orders an operator's pause and resume with those of an update.
+        self._holding = threading.Lock()
+        self._held_by_update = False
         self._label = label
         self._history: list[dict[str, Any]] = []
         self._trouble: tuple[str, str] | None = None
@@ -130,14 +133,20 @@ class Replica:
 
     def pause(self) -> None:
         """The operator's pause: requests wait, updates still go through."""
-        self._held_by_operator = True
-        self.engine.pause(PAUSE_SECONDS)
+        with self._holding:
+            self._held_by_operator = True
+        try:
+            self.engine.pause(PAUSE_SECONDS)
+        except DeadlineExceeded:
+            self.resume()
+            raise
 
     def resume(self) -> None:
         """End the operator's pause. During an update's pause, or when torn, requests still wait."""
-        self._held_by_operator = False
-        if not self._weights.locked():
-            self._go_on()
+        with self._holding:
+            self._held_by_operator = False
+            if not self._held_by_update:
+                self._go_on()
 
     # ── what the adapter asks of the server around its model ────────────────────────────────
 
@@ -154,10 +163,12 @@ class Replica:
             return  # held since it was torn; this update may mend it
         if not self._weights.acquire(timeout=timeout_seconds):
             raise DeadlineExceeded("the weights are still being digested; try again")
+        with self._holding:
+            self._held_by_update = True
         try:
             self.engine.pause(timeout_seconds)
         except DeadlineExceeded:
-            self._weights.release()
+            self._let_go()
             raise
 
     def publish(self, version: Version, served: Served) -> None:
@@ -174,9 +185,7 @@ class Replica:
         if self._trouble is not None and self._trouble[0] == "torn":
             self._trouble = None
             self.engine.set_accepting(None)
-        self._weights.release()
-        if not self._held_by_operator:
-            self._go_on()
+        self._let_go()
 
     def quarantine(self, reason: str) -> None:
         """Refuse requests, and be unhealthy, until an update has been published here."""
@@ -200,6 +209,13 @@ class Replica:
         finally:
             if not torn:
                 self._weights.release()
+
+    def _let_go(self) -> None:
+        self._weights.release()
+        with self._holding:
+            self._held_by_update = False
+            if not self._held_by_operator:
+                self._go_on()
 
     def _go_on(self) -> None:
         self.engine.resume(flush_cache=self._stale_cache)

@@ -191,16 +191,18 @@ class Sessions:
             if isinstance(vote, Confirmed):
                 return
             if isinstance(vote, Withdrawn):
-                self._dismiss(name, channel)
+                self._hold_the_line(name, channel, longest)
                 return
 
-    def _dismiss(self, name: str, channel: Channel[FromSession | Hold | LetGo]) -> None:
-        """Whoever says no waits to hear whether it is quarantined; hold its line until then."""
+    def _hold_the_line(
+        self, name: str, channel: Channel[FromSession | Hold | LetGo], timeout_seconds: float
+    ) -> None:
+        """Whoever said no waits to hear whether it is quarantined, and then hangs up."""
         with self._lock:
             told = self._sessions[name].dismissed
         if not told:
             with contextlib.suppress(PeerLost):
-                channel.receive(self._offer.deadlines.pause_seconds)
+                channel.receive(timeout_seconds)
 
     def _send(self, name: str, message: Offer | Proceed | Stop, *, last: bool = False) -> None:
         """A peer that is gone is reported by the thread that listens to it."""
