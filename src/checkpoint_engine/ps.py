@@ -85,7 +85,7 @@ class ParameterServer:
         self._name: str | None = None
         self._published: str | None = None
         self._num_updates = 0
-        self._last_scope: Rendezvous | None = None
+        self._scopes: list[Rendezvous] = []
 
     @property
     def rank(self) -> int:
@@ -159,7 +159,7 @@ class ParameterServer:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            store = self._rendezvous.scope("default").fork().store
+            store = self._rendezvous.group_store("default")
             dist.init_process_group(
                 "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
             )
@@ -233,6 +233,8 @@ class ParameterServer:
             checkpoint_name: what `gather_metas` was called with.
             req_func: makes an engine take the update; runs in a thread once all ranks have staged
                 and returns at once on ranks that lead no engine. If it raises, its engine says no.
+                A function of a single rank may call several engines, which are given 0.2 s to say
+                hello after each other; of a list, each calls one, so nobody is waited for in vain.
             timeout: until every engine is ready. Requests wait for a much shorter time.
             ranks: whose engines to update; default all. The others still send what they hold.
             weight_version: the label that the engines will show; default `checkpoint_name`.
@@ -257,7 +259,9 @@ class ParameterServer:
             requests = []
         with self._lock, self._leased(checkpoint_name):
             version = self._gathered(checkpoint_name)
-            result = self._conduct(version, policy, requests, timeout, weight_version)
+            result = self._conduct(
+                version, policy, requests, timeout, weight_version, open_ended=callable(req_func)
+            )
             if result.outcome == "published":
                 self._published = result.digest
         if report is not None and self.rank == 0:
@@ -290,9 +294,12 @@ class ParameterServer:
         requests: Sequence[Request],
         timeout: timedelta,
         weight_version: str | None,
+        *,
+        open_ended: bool,
     ) -> Report:
-        if self._last_scope is not None:
-            self._last_scope.clear()
+        # The last update's keys may still be read by a slow rank; those before it, by nobody.
+        while len(self._scopes) > 1:
+            self._scopes.pop(0).clear()
         self._num_updates += 1
         conductor = Conductor(
             label=weight_version or self._name or "",
@@ -307,9 +314,9 @@ class ParameterServer:
             parent=self._published,
         )
         try:
-            return conductor.run(self._num_updates, requests)
+            return conductor.run(self._num_updates, requests, open_ended=open_ended)
         finally:
-            self._last_scope = conductor.scope
+            self._scopes.append(conductor.scope)
 
     @contextmanager
     def _leased(self, checkpoint_name: str) -> Iterator[None]:

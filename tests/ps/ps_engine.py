@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from ps_tools import commands, digests, say, serve
@@ -63,8 +65,9 @@ class Engine:
         self.model = Model()
 
     def reset(self) -> None:
-        """A new model, which knows nothing of the one before."""
+        """A new model, which knows nothing of the one before; what tests left in cycles goes."""
         self.model = Model()
+        gc.collect()
 
     def update(
         self, handle: str, behaviour: str = "load", always: bool = False, hook: str | None = None

@@ -387,7 +387,6 @@ def failing_with(error: Exception) -> Callable[..., None]:
     return fail
 
 
-@pytest.mark.known_defect
 @pytest.mark.parametrize("error", [UsageError("the disk is full"), OSError("the disk is gone")])
 def test_a_publish_that_cannot_be_recorded_is_rolled_back(
     error: Exception, server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch

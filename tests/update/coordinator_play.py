@@ -66,11 +66,23 @@ class Play:
         return {replica.name: replica.outcome for replica in self.report.replicas}
 
     def staged(
-        self, rank: int = 0, *, num_requests: int = 1, error: RemoteError | None = None
+        self,
+        rank: int = 0,
+        *,
+        num_requests: int = 1,
+        open_ended: bool = True,
+        error: RemoteError | None = None,
     ) -> list[Decision]:
         span = Span("stage", f"rank {rank}", start=1.0 + rank, seconds=2.0)
         return self.on(
-            Staged(rank=rank, num_requests=num_requests, bytes_sent=100, error=error, spans=(span,))
+            Staged(
+                rank=rank,
+                num_requests=num_requests,
+                open_ended=open_ended,
+                bytes_sent=100,
+                error=error,
+                spans=(span,),
+            )
         )
 
     def join(

@@ -112,6 +112,13 @@ def test_one_request_may_call_several_engines_if_they_come_at_once() -> None:
     assert (apply.step, apply.proceed) == ("apply", ("a", "b"))
 
 
+def test_a_request_that_calls_one_engine_leaves_nobody_to_wait_for() -> None:
+    play = Play()
+    play.staged(num_requests=1, open_ended=False)
+    play.join("a")
+    assert steps(play.ready("a")) == ["apply"]
+
+
 def test_nothing_is_decided_until_every_engine_that_is_called_said_hello() -> None:
     play = Play()
     play.staged(num_requests=2)

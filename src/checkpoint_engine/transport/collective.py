@@ -15,11 +15,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
-from torch.distributed import (  # type: ignore[attr-defined]
-    BroadcastOptions,
-    PrefixStore,
-    ProcessGroupGloo,
-)
+from torch.distributed import BroadcastOptions, ProcessGroupGloo
 
 from checkpoint_engine.errors import TransferError
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -45,7 +41,7 @@ class Collective:
         if self._group is not None:
             return
         timeout = timedelta(seconds=timeout_seconds)
-        store = PrefixStore(f"gloo/{name}", self._rendezvous.fork().store)
+        store = self._rendezvous.group_store(f"gloo/{name}")
         try:
             self._group = ProcessGroupGloo(store, self.index, self.size, timeout)
         except RuntimeError as error:

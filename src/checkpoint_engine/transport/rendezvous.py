@@ -33,15 +33,26 @@ class Rendezvous:
     """The shared keys of `world_size` ranks.
 
     One thread uses it at a time, since a wait blocks the connection; `fork` gives another its own.
+    Connections that are given back are used again: torch's store may take seconds to accept one.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, keys: list[str] | None = None
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        prefix: str = "",
+        keys: list[str] | None = None,
+        idle: list[Store] | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self.store = store
+        self._prefix = prefix
         self._rounds: dict[str, int] = {}
-        self._keys = [] if keys is None else keys
+        self._keys: list[str] = [] if keys is None else keys
+        self._idle: list[Store] = [] if idle is None else idle
+        self._broken = False
 
     @classmethod
     def of_environment(
@@ -79,12 +90,20 @@ class Rendezvous:
 
     def fork(self) -> Rendezvous:
         """The same keys over a connection of its own, for another thread."""
-        clone = self.store.clone()  # type: ignore[attr-defined]
-        return Rendezvous(clone, self.rank, self.world_size, self._keys)
+        return self._child(self._connection(), self._prefix, self._keys)
+
+    def give_back(self) -> None:
+        """End this fork; the next one uses its connection, unless that has failed."""
+        if not self._broken:
+            self._idle.append(self.store)
 
     def scope(self, name: str) -> Rendezvous:
         """Keys of their own under `name`, over the same connection."""
-        return Rendezvous(PrefixStore(name, self.store), self.rank, self.world_size)
+        return self._child(self.store, f"{self._prefix}{name}/", [])
+
+    def group_store(self, name: str) -> Store:
+        """A torch store under `name` for a process group, which keeps its connection."""
+        return PrefixStore(f"{self._prefix}{name}", self._connection())
 
     def put(self, key: str, value: bytes) -> None:
         """Set a key of any size, once."""
@@ -143,6 +162,18 @@ class Rendezvous:
         while self._keys:
             self._call(self._keys.pop(), self.store.delete_key)
 
+    def _child(self, store: Store, prefix: str, keys: list[str]) -> Rendezvous:
+        return Rendezvous(
+            store, self.rank, self.world_size, prefix=prefix, keys=keys, idle=self._idle
+        )
+
+    def _connection(self) -> Store:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            clone: Store = self.store.clone()  # type: ignore[attr-defined]
+            return clone
+
     def _delete(self, key: str) -> None:
         for number in range(int(self._call(key, self.store.get))):
             self._call(f"{key}/{number}", self.store.delete_key)
@@ -152,10 +183,11 @@ class Rendezvous:
     def _wait(self, key: str, timeout_seconds: float) -> None:
         timeout = timedelta(seconds=max(0.001, timeout_seconds))
         try:
-            self.store.wait([key], timeout)
+            self.store.wait([self._prefix + key], timeout)
         except RuntimeError as error:  # DistStoreError is one, in every torch version
             if "timeout" in str(error).lower() or "timed out" in str(error).lower():
                 raise DeadlineExceeded(f"no rank set {key!r} in {timeout_seconds:.1f} s") from error
+            self._broken = True
             raise PeerLost(f"the rank that keeps the shared keys is gone: {error}") from error
 
     def _set(self, key: str, value: bytes) -> None:
@@ -164,8 +196,9 @@ class Rendezvous:
 
     def _call(self, key: str, operation: Callable[[str], Result]) -> Result:
         try:
-            return operation(key)
+            return operation(self._prefix + key)
         except RuntimeError as error:
+            self._broken = True
             raise PeerLost(f"the rank that keeps the shared keys is gone: {error}") from error
 
 

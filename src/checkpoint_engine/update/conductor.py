@@ -20,7 +20,6 @@ from checkpoint_engine.errors import (
     DeadlineExceeded,
     PeerLost,
     RemoteError,
-    UsageError,
 )
 from checkpoint_engine.manifest import Version as VersionName
 from checkpoint_engine.registry import Registry
@@ -77,8 +76,13 @@ class Conductor:
     _events: _Outbox = field(init=False)
     _timeline: Timeline = field(init=False)
 
-    def run(self, number: int, requests: Sequence[Request]) -> Report:
+    def run(self, number: int, requests: Sequence[Request], *, open_ended: bool) -> Report:
         """Take part in the `number`th update of these ranks; returns its report.
+
+        Args:
+            number: counts the updates of these ranks.
+            requests: this rank's calls of engines.
+            open_ended: whether one of them may reach more than one engine.
 
         Raises:
             PeerLost, DeadlineExceeded: the coordinator is gone. What it decided, its registry
@@ -94,7 +98,7 @@ class Conductor:
         received: Segment | None = None
         sessions: Sessions | None = None
         try:
-            received, sessions = self._stage(scope, start, len(requests))
+            received, sessions = self._stage(scope, start, len(requests), open_ended=open_ended)
             return self._follow(scope, sessions, requests)
         finally:
             self.door.attend(None)
@@ -138,7 +142,7 @@ class Conductor:
     # ── every rank ──────────────────────────────────────────────────────────────────────────
 
     def _stage(
-        self, scope: Rendezvous, start: _Start, num_requests: int
+        self, scope: Rendezvous, start: _Start, num_requests: int, *, open_ended: bool
     ) -> tuple[Segment | None, Sessions | None]:
         """Get the bytes to this host and open the door; a failure is this rank's "no"."""
         rank, version = scope.rank, self.version
@@ -181,6 +185,7 @@ class Conductor:
             Staged(
                 rank=rank,
                 num_requests=num_requests,
+                open_ended=open_ended,
                 bytes_sent=num_sent,
                 error=error,
                 spans=tuple(self._timeline.spans),
@@ -237,9 +242,9 @@ class _Outbox:
     """Posts events to the coordinator's log, from many threads."""
 
     def __init__(self, rendezvous: Rendezvous) -> None:
+        self._rendezvous = rendezvous
         self._log = rendezvous.log("events")
         self._lock = threading.Lock()
-
         self._closed = False
 
     def post(self, event: Event) -> None:
@@ -251,6 +256,7 @@ class _Outbox:
         """The update is over: what comes late would be read by nobody, and stay for ever."""
         with self._lock:
             self._closed = True
+            self._rendezvous.give_back()
 
 
 def _coordinate(
@@ -268,6 +274,7 @@ def _coordinate(
         except Exception as error:
             for decision in coordinator.abandon(RemoteError.of(error, "coordinator")):
                 decisions.append(msgspec.msgpack.encode(decision))
+        rendezvous.give_back()
 
 
 def _decide(
@@ -297,7 +304,7 @@ def _recorded(
             elif decision.report is not None:
                 report = msgspec.json.encode(decision.report)
                 registry.finish(update, decision.report.outcome, report)
-        except UsageError as error:
+        except Exception as error:
             failure = RemoteError.of(error, "registry")
             if decision.step == "publish":
                 return [*recorded, *coordinator.veto(failure, time.monotonic())]

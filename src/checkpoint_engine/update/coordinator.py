@@ -127,6 +127,7 @@ class Coordinator:
         self._deadline = now + opening.deadlines.ready_seconds
         self._staged: set[int] = set()
         self._num_requests: dict[int, int] = {}
+        self._open_ended = False
         self._returned: dict[tuple[int, int], RemoteError | None] = {}
         self._workers: dict[str, _Worker] = {}
         self._now = self._settled_at = now
@@ -210,6 +211,7 @@ class Coordinator:
     def _on_staged(self, event: Staged, now: float) -> None:
         self._staged.add(event.rank)
         self._num_requests[event.rank] = event.num_requests
+        self._open_ended = self._open_ended or event.open_ended
         self._bytes_sent += event.bytes_sent
         self._spans.extend(event.spans)
         if event.error is not None:
@@ -405,8 +407,8 @@ class Coordinator:
         return [worker for worker in waiting if num_missing[worker.hello.engine] > 0]
 
     def _must_settle(self) -> bool:
-        """One request of one rank may call any number of engines: give the others a moment."""
-        return self._num_requests == {0: 1} and (0, 0) not in self._returned
+        """A function of one rank may call any number of engines: give the others a moment."""
+        return self._open_ended and self._num_requests == {0: 1} and (0, 0) not in self._returned
 
     def _all_returned(self) -> bool:
         return len(self._returned) >= sum(self._num_requests.values())

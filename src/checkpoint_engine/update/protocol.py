@@ -203,11 +203,13 @@ class Staged(_Message, frozen=True):
     """A rank's host holds every byte of the version, or the rank says why not.
 
     Attributes:
-        num_requests: how many engines this rank is going to call, at most.
+        num_requests: how many calls of engines this rank is going to make, at most.
+        open_ended: whether a call may reach more than one engine, as a caller's own function may.
     """
 
     rank: int
     num_requests: int = 1
+    open_ended: bool = False
     bytes_sent: int = 0
     error: RemoteError | None = None
     spans: tuple[Span, ...] = ()
