@@ -32,9 +32,9 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint_engine.codec.digest import byte_workers, chunk_digest
+from checkpoint_engine.codec.digest import PIECE_BYTES, byte_workers, digest_pieces
 from checkpoint_engine.errors import StoreError
-from checkpoint_engine.manifest import Manifest, TensorMeta, align, cut_chunks
+from checkpoint_engine.manifest import Chunk, Manifest, TensorMeta, align, cut_chunks
 from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 from checkpoint_engine.plan.layout import lay_out
 from checkpoint_engine.sources.base import Source
@@ -317,12 +317,13 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -
     origins = {starts[offset].name: offset for offset in starts}
 
     def read(bucket: Bucket) -> list[tuple[str, bytes]]:
-        done = []
-        for chunk in bucket.chunks:
-            out = memory[chunk.offset : chunk.end]
-            source.read_into(chunk.tensor, chunk.offset - origins[chunk.tensor], out)
-            done.append((chunk.tensor, chunk_digest(out)))
-        return done
+        return [(chunk.tensor, digest_pieces(read_pieces(chunk))) for chunk in bucket.chunks]
+
+    def read_pieces(chunk: Chunk) -> Iterator[memoryview]:
+        for start in range(chunk.offset, chunk.end, PIECE_BYTES):
+            piece = memory[start : min(start + PIECE_BYTES, chunk.end)]
+            source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
+            yield piece
 
     buckets = plan_buckets(cut_chunks(tensors), bucket_bytes=8 << 20)
     with byte_workers() as pool:

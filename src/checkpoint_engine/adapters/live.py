@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from checkpoint_engine.codec.digest import chunk_digest, chunk_digests
+from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digests, digest_pieces
 from checkpoint_engine.dtypes import dtype_name, torch_shape
 from checkpoint_engine.errors import AdapterError, VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES, Manifest, TensorMeta, version_digest
@@ -171,11 +171,12 @@ class LiveModel:
 
 
 def write(
-    plan: Plan, pool: Executor, digest: Callable[[memoryview], bytes] = chunk_digest
+    plan: Plan, pool: Executor, digest: Callable[[Iterable[memoryview]], bytes] = digest_pieces
 ) -> dict[Storage, bytes]:
     """Write every source into its target; returns what is live now, by storage.
 
-    The digests are recomputed from the targets, chunk by chunk, after each was written.
+    The digests are recomputed from the targets, piece by piece, after each was written. `digest`
+    is called with the pieces of a chunk, which are written as it asks for them.
     """
     results = pool.map(lambda group: [_write(piece, digest) for piece in group], plan.groups)
     written: dict[Storage, bytes] = {}
@@ -222,14 +223,19 @@ def _grouped(pieces: Iterable[_Piece]) -> tuple[tuple[_Piece, ...], ...]:
     return tuple(map(tuple, groups))
 
 
-def _write(piece: _Piece, digest: Callable[[memoryview], bytes]) -> bytes:
+def _write(piece: _Piece, digest: Callable[[Iterable[memoryview]], bytes]) -> bytes:
     if piece.chunk is None:
         with torch.inference_mode():
             piece.copy.target.copy_(piece.copy.source)
         return _digests(piece.copy.target)
-    source, target = piece.chunk
-    np.copyto(target, source)  # unlike torch's copy, it never starts threads of its own
-    return digest(target.data)
+    return digest(_written(*piece.chunk))
+
+
+def _written(source: _Bytes, target: _Bytes) -> Iterator[memoryview]:
+    for at in range(0, target.nbytes, PIECE_BYTES):
+        done = target[at : at + PIECE_BYTES]
+        np.copyto(done, source[at : at + PIECE_BYTES])  # never starts threads, as torch's does
+        yield done.data
 
 
 def _expected(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> bytes:

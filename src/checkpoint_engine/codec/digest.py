@@ -18,7 +18,16 @@ import xxhash
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk
 from checkpoint_engine.plan.buckets import plan_buckets
 
-__all__ = ["byte_workers", "chunk_digest", "chunk_digests", "first_mismatch"]
+__all__ = [
+    "PIECE_BYTES",
+    "byte_workers",
+    "chunk_digest",
+    "chunk_digests",
+    "digest_pieces",
+    "first_mismatch",
+]
+
+PIECE_BYTES = 512 << 10  # stays in a core's own cache between being written and being digested
 
 
 def byte_workers(num_threads: int | None = None) -> ThreadPoolExecutor:
@@ -31,6 +40,14 @@ def byte_workers(num_threads: int | None = None) -> ThreadPoolExecutor:
 def chunk_digest(chunk: memoryview) -> bytes:
     """xxh3-128 of one chunk, 16 bytes."""
     return xxhash.xxh3_128_digest(chunk)
+
+
+def digest_pieces(pieces: Iterable[memoryview]) -> bytes:
+    """xxh3-128 of a chunk whose pieces are written one by one as they are asked for."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
 
 
 def chunk_digests(data: memoryview) -> bytes:

@@ -151,7 +151,10 @@ def deliver(
         memories = {run.offset: received.memory[at:] for run, at in foreign if received}
         for run in version.runs:
             if run.offset not in memories:
-                memories[run.offset] = _own_memory(version.metas[run.rank], run, attachments)
+                owner = version.metas[run.rank]
+                own = store.segment(owner.segment) if owner.rank == rank else None
+                memory = own.memory if own else _sibling_memory(owner, attachments)
+                memories[run.offset] = memory[run.start :]
         buckets, hauls = _plan_hauls(version, memories, bucket_bytes)
         _haul(buckets, hauls, collective, timeline, timeout_seconds)
     except BaseException:
@@ -164,11 +167,11 @@ def deliver(
     return received, sum(bucket.length for bucket in buckets if hauls[bucket.index].root == host)
 
 
-def _own_memory(meta: RankMeta, run: Run, attachments: dict[int, Attachment]) -> memoryview:
-    """A run that a rank of this host registered, in this rank's own view of its segment."""
+def _sibling_memory(meta: RankMeta, attachments: dict[int, Attachment]) -> memoryview:
+    """What another rank of this host registered, in this rank's view of its segment."""
     if meta.rank not in attachments:
         attachments[meta.rank] = Attachment.open(meta.address, meta.segment)
-    return attachments[meta.rank].memory[run.start :]
+    return attachments[meta.rank].memory
 
 
 def _plan_hauls(
