@@ -2,16 +2,15 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test test-slow lint bench
+.PHONY: help setup demo test lint bench
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a weight update from trainer to running replicas, on this machine"
 	@echo "make test    the tests (ARGS goes to pytest)"
-	@echo "make test-slow  several ranks and replicas as processes"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test test-slow lint bench:
+setup demo test lint bench:
 	@scripts/$@ $(ARGS)

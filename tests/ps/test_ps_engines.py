@@ -486,7 +486,7 @@ def test_a_loader_may_keep_what_it_is_given(server: ParameterServer, engines: En
 def test_a_loader_that_writes_into_what_it_is_given_spoils_no_version(
     server: ParameterServer, engines: Engines
 ) -> None:
-    """Another engine maps the same memory; the writer's own way back is known to be spoiled."""
+    """Neither the other engine's, which maps the same memory, nor its own way back."""
     register(server, "step-1", 1)
     writer, other = engines
     requests = [writer.request(behaviour="write into what it is given"), other.request()]
@@ -495,9 +495,10 @@ def test_a_loader_that_writes_into_what_it_is_given_spoils_no_version(
     server.update("step-1", [other.request()])
     assert other.weights == digests(version(1))
     register(server, "step-2", 2)
-    with pytest.raises(UpdateFailed):
+    with pytest.raises(UpdateFailed) as failure:
         server.update("step-2", [writer.request(), other.request(behaviour="raise")])
-    assert other.weights == digests(version(1))
+    assert {replica.outcome for replica in failure.value.report.replicas} == {"kept"}
+    assert [engine.weights for engine in engines] == [digests(version(1))] * 2
 
 
 def test_a_loader_that_keeps_failing_is_torn_and_the_other_is_not(

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from ps_tools import Child, digests, free_port, version
 
-pytestmark = pytest.mark.slow
-
 Ranks = list[Child]
 
 

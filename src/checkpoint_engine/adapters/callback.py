@@ -100,11 +100,11 @@ class CallbackAdapter:
         self._served, self._incoming = self._incoming, None
 
     def roll_back(self) -> None:
-        """Load the version before again.
+        """Load the version before again, as it was staged, whatever the loader has written into it.
 
         Raises:
             AdapterError: there is none, or the loader fails on it too.
-            VerificationError: the loader has changed its own copy of it.
+            VerificationError: its bytes are not what they were: bad memory.
         """
         self.abort()
         if self._served is None:
@@ -112,8 +112,9 @@ class CallbackAdapter:
                 "the loader failed and there is no version to go back to: restart the engine, or "
                 "send a complete version before it serves again"
             )
+        self._served.discard_writes()
         with byte_workers() as pool:
-            self._served.verify(pool)  # a loader may have written into what it was given
+            self._served.verify(pool)
         self._load(self._served)
 
     def resume(self) -> None:

@@ -80,6 +80,11 @@ class Staged:
         """Every name with a view of its tensor."""
         return ((meta.name, self.tensor(meta)) for meta in self.manifest.tensors)
 
+    def discard_writes(self) -> None:
+        """Undo what was written into tensors of this version, and show the staged bytes again."""
+        for _, attachment in self._held:
+            attachment.discard_writes()
+
     def verify(self, pool: Executor) -> None:
         """Recompute the digest of every chunk.
 

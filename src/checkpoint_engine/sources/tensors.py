@@ -13,6 +13,7 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -48,8 +49,11 @@ class TensorSource:
         if not tensor.is_contiguous():
             with self._lock:
                 tensor = self._contiguous(name)
-        flat = tensor.reshape(-1).view(torch.uint8)
-        torch.frombuffer(out, dtype=torch.uint8).copy_(flat[start : start + len(out)])
+        wanted = tensor.reshape(-1).view(torch.uint8)[start : start + len(out)]
+        if wanted.is_cpu:  # numpy copies in this thread; torch would start threads from each
+            np.copyto(np.frombuffer(out, dtype=np.uint8), wanted.numpy())
+        else:
+            torch.frombuffer(out, dtype=torch.uint8).copy_(wanted)
 
     def close(self) -> None:
         """Let go of the tensors."""

@@ -116,6 +116,12 @@ class Attachment:
             channel.close()
             raise
 
+    def discard_writes(self) -> None:
+        """Forget what was written into this private map: it shows the owner's bytes again."""
+        mapped = self.memory.obj
+        assert isinstance(mapped, mmap.mmap), "an attachment that was closed shows nothing"
+        mapped.madvise(mmap.MADV_DONTNEED)
+
     def hold(self) -> None:
         """Lease the bytes again after `let_go`; raises PeerLost when the owner is gone."""
         self._request_hold()
