@@ -23,7 +23,6 @@ from checkpoint_engine import errors
 from checkpoint_engine.errors import CheckpointEngineError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.transport import sockets
-from checkpoint_engine.update import coordinator
 from checkpoint_engine.worker import update_weights_from_ipc
 
 Engines = tuple[EngineProcess, EngineProcess]
@@ -49,9 +48,8 @@ def test_a_load_that_fails_at_its_very_end_is_an_error(
 
 @pytest.mark.parametrize("death", [RuntimeError, SystemExit, KeyboardInterrupt])
 def test_the_death_of_a_request_is_reported(
-    death: type[BaseException], server: ParameterServer, monkeypatch: pytest.MonkeyPatch
+    death: type[BaseException], server: ParameterServer
 ) -> None:
-    monkeypatch.setattr(coordinator, "STOPPING_SECONDS", 0.5)
     register(server, "step-1", 1)
 
     def die(handles: Handles) -> None:

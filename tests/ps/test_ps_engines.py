@@ -22,7 +22,6 @@ from ps_tools import (
 from checkpoint_engine.errors import UpdateFailed, UsageError
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.registry import Registry
-from checkpoint_engine.update import coordinator
 
 Engines = tuple[EngineProcess, EngineProcess]
 SHORT = timedelta(seconds=2)
@@ -240,9 +239,8 @@ def test_an_engine_that_is_killed_is_left_behind_where_that_is_wanted(
 
 
 def test_a_loader_that_hangs_ends_the_update_at_the_deadline(
-    server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch
+    server: ParameterServer, engines: Engines
 ) -> None:
-    monkeypatch.setattr(coordinator, "STOPPING_SECONDS", 0.5)
     bring(server, engines, seed=1)
     register(server, "step-2", 2)
     good, hanging = engines
@@ -260,9 +258,8 @@ def test_a_loader_that_hangs_ends_the_update_at_the_deadline(
 
 
 def test_a_request_that_hangs_before_its_engine_says_hello_ends_at_the_deadline(
-    server: ParameterServer, engines: Engines, monkeypatch: pytest.MonkeyPatch
+    server: ParameterServer, engines: Engines
 ) -> None:
-    monkeypatch.setattr(coordinator, "STOPPING_SECONDS", 0.5)
     register(server, "step-1", 1)
     released = threading.Event()
 

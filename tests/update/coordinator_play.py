@@ -49,7 +49,11 @@ class Play:
             version=Version(label="step-1", digest=NEW, parent=OLD),
             num_bytes=4096,
             world_size=num_ranks,
-            deadlines=Deadlines(ready_seconds=READY_SECONDS, pause_seconds=PAUSE_SECONDS),
+            deadlines=Deadlines(
+                ready_seconds=READY_SECONDS,
+                pause_seconds=PAUSE_SECONDS,
+                return_seconds=PAUSE_SECONDS + 30.0,
+            ),
         )
         self.coordinator = Coordinator(opening, Policy(on_failure, **policy), self.now)
 

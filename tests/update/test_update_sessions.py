@@ -124,7 +124,11 @@ def make_rank() -> Iterator[Callable[..., Rank]]:
     ranks: list[Rank] = []
 
     def make(ready_seconds: float = 20.0, pause_seconds: float = 20.0) -> Rank:
-        deadlines = Deadlines(ready_seconds=ready_seconds, pause_seconds=pause_seconds)
+        deadlines = Deadlines(
+            ready_seconds=ready_seconds,
+            pause_seconds=pause_seconds,
+            return_seconds=pause_seconds + 30.0,
+        )
         ranks.append(Rank(deadlines))
         return ranks[-1]
 

@@ -19,7 +19,7 @@ from checkpoint_engine.update.protocol import Deadlines, FromRank, FromSession, 
 from checkpoint_engine.update.session import Outcome, Receive, Send, session
 
 EPOCH = 500
-DEADLINES = Deadlines(ready_seconds=120.0, pause_seconds=20.0)
+DEADLINES = Deadlines(ready_seconds=120.0, pause_seconds=20.0, return_seconds=50.0)
 
 
 class Memory:

@@ -41,7 +41,6 @@ from checkpoint_engine.update.protocol import (
 __all__ = ["Coordinator", "Opening", "Policy"]
 
 SETTLE_SECONDS = 0.2
-STOPPING_SECONDS = 30.0
 VOTES_DUE = {
     Ready: ("joined", ("staging", "entering")),
     Applied: ("ready", ("applying", "stopping")),
@@ -337,7 +336,7 @@ class Coordinator:
     def _stop(self, now: float) -> list[Decision]:
         self._outcome = "rolled_back" if self._phase == "applying" else "aborted"
         self._phase = "stopping"
-        self._deadline = now + self._opening.deadlines.pause_seconds + STOPPING_SECONDS
+        self._deadline = now + self._opening.deadlines.return_seconds
         decision = Decision(step="stop", reason=str(self._reason or "a replica said no"))
         return [decision, *self._advance(now)]
 

@@ -65,17 +65,21 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         ready_seconds: from the opening until every engine is ready; nothing is paused yet.
         pause_seconds: from the first pause until every engine has applied; requests wait.
+        return_seconds: from a stop until every engine is back at its base.
     """
 
     ready_seconds: float
     pause_seconds: float
+    return_seconds: float
 
     @classmethod
     def of(cls, timeout_seconds: float, num_bytes: int) -> Deadlines:
         """Deadlines within a user's timeout: no pause longer than ten seconds and 0.5 GB/s."""
+        pause_seconds = min(timeout_seconds, 10 + num_bytes / 0.5e9)
         return cls(
             ready_seconds=timeout_seconds,
-            pause_seconds=min(timeout_seconds, 10 + num_bytes / 0.5e9),
+            pause_seconds=pause_seconds,
+            return_seconds=pause_seconds + min(timeout_seconds, 30.0),
         )
 
 
