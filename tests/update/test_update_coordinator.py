@@ -665,11 +665,13 @@ def test_a_policy_says_what_is_wrong_with_it(on_failure: str, min_replicas: int)
 
 
 @pytest.mark.parametrize(
-    ("timeout_seconds", "num_bytes", "pause_seconds"),
-    [(600.0, 0, 10.0), (600.0, 10_000_000_000, 30.0), (5.0, 0, 5.0)],
+    ("timeout_seconds", "num_bytes", "pause_seconds", "return_seconds"),
+    [(600.0, 0, 10.0, 40.0), (600.0, 10_000_000_000, 30.0, 60.0), (5.0, 0, 5.0, 10.0)],
 )
 def test_no_pause_is_longer_than_the_bytes_excuse(
-    timeout_seconds: float, num_bytes: int, pause_seconds: float
+    timeout_seconds: float, num_bytes: int, pause_seconds: float, return_seconds: float
 ) -> None:
     deadlines = Deadlines.of(timeout_seconds, num_bytes)
-    assert deadlines == Deadlines(ready_seconds=timeout_seconds, pause_seconds=pause_seconds)
+    assert deadlines == Deadlines(
+        ready_seconds=timeout_seconds, pause_seconds=pause_seconds, return_seconds=return_seconds
+    )
