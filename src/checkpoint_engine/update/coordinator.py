@@ -208,6 +208,8 @@ class Coordinator:
     # ── events ──────────────────────────────────────────────────────────────────────────────
 
     def _on_staged(self, event: Staged, now: float) -> None:
+        if event.rank in self._staged:
+            return  # sent twice
         self._staged.add(event.rank)
         self._num_requests[event.rank] = event.num_requests
         self._open_ended = self._open_ended or event.open_ended
@@ -217,6 +219,8 @@ class Coordinator:
             self._reason = self._reason or event.error
 
     def _on_joined(self, event: Joined, now: float) -> None:
+        if event.session in self._workers:
+            return  # sent twice
         late = self._phase not in ("staging", "entering")
         worker = _Worker(event.session, event.rank, event.hello, event.follower or late)
         self._workers[event.session] = worker

@@ -221,6 +221,8 @@ def _publish(adapter: Adapter, offer: Offer, progress: _Progress) -> Steps[Outco
                 step()
         except Exception as error:
             failure = failure or RemoteError.of(error, adapter.identity.replica)
+    if progress.paused_at is not None:
+        adapter.quarantine(f"the new version was published, but requests still wait: {failure}")
     confirmed = Confirmed(pause_seconds=progress.pause_seconds, error=failure, spans=progress.spans)
     with contextlib.suppress(PeerLost, DeadlineExceeded):
         yield Send(confirmed)
