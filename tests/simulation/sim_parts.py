@@ -206,6 +206,9 @@ class SimReplica:
     def base(self) -> str | None:
         return None if self.torn else staged_version(self.label)[0].digest
 
+    def recall(self, digest: str) -> Staged | None:
+        return None
+
     def prepare(self, staged: Staged, version: Version) -> str:
         self._incoming, self._version = staged, version
         self._strike("prepare")

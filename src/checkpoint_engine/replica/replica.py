@@ -97,7 +97,10 @@ class Replica:
         return "paused" if self._held_by_operator else "serving"
 
     def info(self) -> dict[str, Any]:
-        """The label, both digests as the live parameters have them now, state and history."""
+        """The label, both digests as the live parameters have them now, state and history.
+
+        `kept` are the digests of versions to which the replica can return by itself.
+        """
         with self._stable_weights():
             served = self._adapter.recompute()
             return {
@@ -106,6 +109,7 @@ class Replica:
                 "served_digest": served.served_digest,
                 "state": self.state,
                 "reason": self._trouble[1] if self._trouble else None,
+                "kept": list(self._adapter.kept),
                 "history": list(self._history),
             }
 

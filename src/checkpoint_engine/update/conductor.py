@@ -73,6 +73,7 @@ class Conductor:
     timeout_seconds: float
     registry: Callable[[], Registry]
     parent: str | None = None
+    base: str | None = None
     scope: Rendezvous = field(init=False)
     _events: _Outbox = field(init=False)
     _timeline: Timeline = field(init=False)
@@ -115,21 +116,22 @@ class Conductor:
         registry = self.registry()
         registry.settle()
         epoch = registry.next_epoch()
-        manifest = self.version.manifest
+        digest, num_bytes = self.version.digest, self.version.num_bytes
         start = _Start(
             update=f"{epoch}-{number}",
             epoch=epoch,
-            version=VersionName(label=self.label, digest=manifest.digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, manifest.num_bytes),
+            version=VersionName(label=self.label, digest=digest, parent=self.parent),
+            deadlines=Deadlines.of(self.timeout_seconds, num_bytes),
         )
-        registry.start(start.update, epoch, self.label, manifest.digest)
+        registry.start(start.update, epoch, self.label, digest)
         opening = Opening(
             update=start.update,
             epoch=epoch,
             version=start.version,
-            num_bytes=manifest.num_bytes,
+            num_bytes=num_bytes,
             world_size=scope.world_size,
             deadlines=start.deadlines,
+            base=self.base,
         )
         thread = threading.Thread(
             target=_coordinate,
@@ -175,7 +177,7 @@ class Conductor:
                 update=start.update,
                 epoch=start.epoch,
                 version=start.version,
-                manifest=version.manifest.to_msgpack(),
+                manifest=version.manifest.to_msgpack() if version.manifest else b"",
                 parts=parts_on(version, host, names[lead].decode()),
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
