@@ -14,8 +14,8 @@ from toy_adapter import Memory, source_of
 from update_models import Odd, bytes_of, flip, fresh
 
 from checkpoint_engine.adapters.live import LiveModel, check_written, write
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import AdapterError, VerificationError
+from checkpoint_engine.memory import byte_workers
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

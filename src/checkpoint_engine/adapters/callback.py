@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from checkpoint_engine.adapters.base import Identity, Served
 from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.memory import byte_workers
 
 __all__ = ["CallbackAdapter", "Kept", "Run"]
 
@@ -79,7 +79,7 @@ class CallbackAdapter:
     def prepare(self, staged: Staged, version: Version) -> str:
         """Verify the staged bytes; names and shapes are the loader's to check."""
         self._incoming = staged
-        with byte_workers() as pool:
+        with byte_workers(idle=True) as pool:
             staged.verify(pool)
         return "staged" if self._served else "none"
 

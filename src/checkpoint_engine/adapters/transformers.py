@@ -20,9 +20,9 @@ import torch
 from checkpoint_engine.adapters.base import Identity, Served
 from checkpoint_engine.adapters.live import LiveModel, Plan, Storage, check_written, write
 from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.memory import byte_workers
 
 __all__ = ["Serving", "TransformersAdapter"]
 
@@ -101,7 +101,7 @@ class TransformersAdapter:
         """
         self._incoming, self._version = staged, version
         self._serving.accept(version)
-        with byte_workers() as pool:
+        with byte_workers(idle=True) as pool:
             staged.verify(pool)
         self._plan = self._live.bind(staged.manifest, staged.tensor)
         if self._staged is not None:

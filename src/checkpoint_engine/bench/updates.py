@@ -25,8 +25,8 @@ from checkpoint_engine.bench.measure import Operation, Stopwatch
 from checkpoint_engine.bench.replica import replica_process
 from checkpoint_engine.bench.weights import Size, make_model, parameters, save_folder
 from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import VerificationError
+from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.sources import TensorSource
 from checkpoint_engine.store import Store
