@@ -24,6 +24,7 @@ from checkpoint_engine.errors import UsageError
 __all__ = ["PublishedVersion", "Registry", "UpdateRecord", "state_dir"]
 
 BUSY_SECONDS = 30.0
+PRAGMAS = ("pragma journal_mode = wal", "pragma synchronous = full")
 SCHEMA = """
 create table if not exists updates (
     id text primary key,
@@ -37,6 +38,9 @@ create table if not exists updates (
     outcome text,
     report blob
 )
+"""
+UNFINISHED = """
+create index if not exists unfinished on updates (epoch) where finished_at is null
 """
 
 
@@ -108,7 +112,12 @@ class Registry:
         except sqlite3.Error as error:
             raise UsageError(f"{path}: not usable as a registry: {error}") from error
         try:
-            for statement in ("pragma journal_mode = wal", "pragma synchronous = full", SCHEMA):
+            for statement in (
+                "pragma journal_mode = wal",
+                "pragma synchronous = full",
+                SCHEMA,
+                UNFINISHED,
+            ):
                 self._rows(statement)
         except UsageError:
             self._connection.close()
@@ -178,12 +187,14 @@ class Registry:
         found = self._records("where published_at is not null order by epoch desc limit ?", 1)
         return found[0] if found else None
 
-    def versions(self) -> list[PublishedVersion]:
-        """Every version that was published, once; the first is what the fleet serves."""
+    def versions(self, limit: int = 100) -> list[PublishedVersion]:
+        """The versions published last, each once; the first is what the fleet serves."""
         rows = self._rows(
-            "select version, digest, max(epoch), published_at, json_extract(report, '$.bytes') "
-            "from updates where published_at is not null group by version, digest "
-            "order by max(epoch) desc"
+            "select version, digest, epoch, published_at, json_extract(report, '$.bytes') "
+            "from updates where epoch in (select max(epoch) from updates "
+            "where published_at is not null group by version, digest "
+            "order by max(epoch) desc limit ?) order by epoch desc",
+            limit,
         )
         fields = PublishedVersion.__struct_fields__
         return [PublishedVersion(**dict(zip(fields, row, strict=True))) for row in rows]
