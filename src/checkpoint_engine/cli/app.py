@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from checkpoint_engine.cli import bench, demo, doctor, replica, status, update
+from checkpoint_engine.cli import bench, demo, diff, doctor, replica, status, update, verify
 from checkpoint_engine.cli.console import exit_on_error, out
 
 __all__ = ["app", "main"]
@@ -26,6 +26,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     update.update,
     bench.bench,
     status.status,
+    verify.verify,
+    diff.diff,
     doctor.doctor,
 )
 
