@@ -2,15 +2,16 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test simulate lint bench
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a weight update from trainer to running replicas, on this machine"
 	@echo "make test    the tests (ARGS goes to pytest)"
+	@echo "make simulate  100,000 random schedules of faults, on simulated time"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test lint bench:
+setup demo test simulate lint bench:
 	@scripts/$@ $(ARGS)

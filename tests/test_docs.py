@@ -71,7 +71,7 @@ def test_troubleshooting_quotes_messages_that_the_code_has() -> None:
 def test_commands_in_the_readme_exist() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     lines = re.findall(r"^ckpt-engine (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {name for name, _ in lines} == {"replica", "update", "status"}
+    assert {name for name, _ in lines} == {"replica", "update", "status", "rollback"}
     for name, arguments in lines:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", arguments)) <= known

@@ -21,7 +21,7 @@ import msgspec
 
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["Registry", "UpdateRecord", "state_dir"]
+__all__ = ["PublishedVersion", "Registry", "UpdateRecord", "state_dir"]
 
 BUSY_SECONDS = 30.0
 SCHEMA = """
@@ -55,6 +55,19 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     published_at: float | None
     finished_at: float | None
     outcome: str | None
+
+
+class PublishedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that the fleet was brought to, as it was last published.
+
+    `num_bytes` is None if nobody lived to write the report.
+    """
+
+    version: str
+    digest: str
+    epoch: int
+    published_at: float
+    num_bytes: int | None
 
 
 def state_dir() -> Path:
@@ -164,6 +177,16 @@ class Registry:
         """The version that the fleet was last brought to."""
         found = self._records("where published_at is not null order by epoch desc limit ?", 1)
         return found[0] if found else None
+
+    def versions(self) -> list[PublishedVersion]:
+        """Every version that was published, once; the first is what the fleet serves."""
+        rows = self._rows(
+            "select version, digest, max(epoch), published_at, json_extract(report, '$.bytes') "
+            "from updates where published_at is not null group by version, digest "
+            "order by max(epoch) desc"
+        )
+        fields = PublishedVersion.__struct_fields__
+        return [PublishedVersion(**dict(zip(fields, row, strict=True))) for row in rows]
 
     def close(self) -> None:
         """Close the file."""

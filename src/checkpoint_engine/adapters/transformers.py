@@ -5,6 +5,8 @@ names, shapes and dtypes checked, casts computed, and the way back secured. The 
 version before, which is kept in its staged memory; before the first update it is a snapshot of the
 parameters. Requests wait only while bytes are copied and digested.
 
+After an update the version before stays, too: the fleet can return to it with no server left.
+
     adapter = TransformersAdapter(model, identity, serving)
     outcome = session.run(handle, adapter, attachments)
 """
@@ -67,6 +69,7 @@ class TransformersAdapter:
         self._recorded = self._live.digests()
         self._served = self._describe(self._recorded, self._names)
         self._staged: Staged | None = None
+        self._previous: Staged | None = None
         self._incoming: Staged | None = None
         self._version: Version | None = None
         self._plan = self._back = Plan()
@@ -96,6 +99,15 @@ class TransformersAdapter:
         """Digest of what is served, as it was last computed; None if that is no version."""
         return None if self._torn else self._served.digest
 
+    def recall(self, digest: str) -> Staged | None:
+        """The version before the one that is served, if it is that one."""
+        return self._previous if digest in self.kept else None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Digests of the versions that this replica can return to by itself."""
+        return (self._previous.manifest.digest,) if self._previous else ()
+
     def prepare(self, staged: Staged, version: Version) -> str:
         """See the module's text.
 
@@ -118,7 +130,7 @@ class TransformersAdapter:
         self._plan, self._written = Plan(), {}
         if self._staged is None:
             self._back = Plan()
-        if self._incoming is not None:
+        if self._incoming is not None and self._incoming is not self._previous:
             self._incoming.release()
         self._incoming = self._version = self._next = None
 
@@ -140,17 +152,17 @@ class TransformersAdapter:
         return self._next
 
     def publish(self) -> None:
-        """Label, caches; the version before is no longer needed."""
+        """Label, caches; the version before stays, the one before that is no longer needed."""
         assert self._next is not None, "check comes before publish"
         assert self._incoming is not None, "prepare comes before publish"
         assert self._version is not None, "prepare comes before publish"
         self._served, self._next = self._next, None
         self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
-        before, self._staged, self._incoming = self._staged, self._incoming, None
-        self._torn = False
+        before, self._previous, self._staged = self._previous, self._staged, self._incoming
+        self._incoming, self._torn = None, False
         self._back, self._plan = self._plan, Plan()
         self._recorded, self._written = self._written, {}
-        if before is not None:
+        if before is not None and before is not self._staged:
             before.release()
         self._serving.publish(self._version, self._served)
 

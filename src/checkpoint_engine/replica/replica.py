@@ -114,6 +114,8 @@ class Replica:
     def info(self) -> dict[str, Any]:
         """The label, both digests as the live parameters have them now, state and history.
 
+        `kept` are the digests of versions to which the replica can return by itself.
+
         Raises:
             DeadlineExceeded: an update was always under way.
         """
@@ -257,6 +259,7 @@ class Replica:
             "served_digest": served.served_digest,
             "state": self.state,
             "reason": self._trouble[1] if self._trouble else None,
+            "kept": list(self._adapter.kept),
             "history": list(self._history),
         }
 
