@@ -13,6 +13,7 @@ After an update the version before stays, too: the fleet can return to it with n
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -65,7 +66,8 @@ class TransformersAdapter:
         self._live = LiveModel(model)
         self._serving = serving
         self._names = self._live.names
-        self._served = Served(digest=self._live.digest(), served_digest=self._live.digest())
+        self._recorded = self._live.digests()
+        self._served = self._describe(self._recorded, self._names)
         self._staged: Staged | None = None
         self._previous: Staged | None = None
         self._incoming: Staged | None = None
@@ -75,9 +77,23 @@ class TransformersAdapter:
         self._next: Served | None = None
         self._torn = False
 
-    def recompute(self) -> Served:
-        """Digest the live parameters now. Weights must not change meanwhile."""
-        return Served(digest=self._live.digest(self._names), served_digest=self._live.digest())
+    def recompute(self) -> Generator[None, None, Served]:
+        """Digest the live parameters, one chunk in each step, as `LiveModel.digesting` does."""
+        digests = yield from self._live.digesting(self._live.names)
+        return self._describe(digests, self._names)
+
+    def scrub(self) -> Iterator[str | None]:
+        """Compare what is live with what was written for ever; see `LiveModel.differing`."""
+        while True:
+            yield from self._live.differing(lambda storage: self._recorded[storage])
+            yield None
+
+    def disown(self) -> None:
+        """The live parameters are of no version, until an update has been published.
+
+        Unlike `tear` it leaves an update alone that is being prepared, which may mend them.
+        """
+        self._torn = True
 
     def base(self) -> str | None:
         """Digest of what is served, as it was last computed; None if that is no version."""
@@ -132,10 +148,7 @@ class TransformersAdapter:
         assert self._incoming is not None, "prepare comes before check"
         check_written(self._plan, self._written)
         names = self._live.names & {meta.name for meta in self._incoming.manifest.tensors}
-        served = self._live.digest_of(self._written, self._live.names)
-        same = names == self._live.names
-        digest = served if same else self._live.digest_of(self._written, names)
-        self._next = Served(digest=digest, served_digest=served)
+        self._next = self._describe(self._written, names)
         return self._next
 
     def publish(self) -> None:
@@ -147,7 +160,8 @@ class TransformersAdapter:
         self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
         before, self._previous, self._staged = self._previous, self._staged, self._incoming
         self._incoming, self._torn = None, False
-        self._back, self._plan, self._written = self._plan, Plan(), {}
+        self._back, self._plan = self._plan, Plan()
+        self._recorded, self._written = self._written, {}
         if before is not None and before is not self._staged:
             before.release()
         self._serving.publish(self._version, self._served)
@@ -179,3 +193,9 @@ class TransformersAdapter:
         self._torn = True
         self.abort()
         self._serving.tear(reason)
+
+    def _describe(self, digests: Mapping[Storage, bytes], names: frozenset[str]) -> Served:
+        served = self._live.digest_of(digests, self._live.names)
+        same = names == self._live.names
+        digest = served if same else self._live.digest_of(digests, names)
+        return Served(digest=digest, served_digest=served)

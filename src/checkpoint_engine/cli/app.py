@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from checkpoint_engine.cli import bench, demo, doctor, history, replica, status, update
+from checkpoint_engine.cli import (
+    bench,
+    demo,
+    diff,
+    doctor,
+    history,
+    replica,
+    status,
+    update,
+    verify,
+)
 from checkpoint_engine.cli.console import exit_on_error, out
 
 __all__ = ["app", "main"]
@@ -25,6 +35,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     history.versions,
     history.rollback,
     status.status,
+    verify.verify,
+    diff.diff,
     doctor.doctor,
     bench.bench,
 )
