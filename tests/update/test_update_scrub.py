@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from toy_adapter import EPOCH, Memory, Scene
 from transformers import PreTrainedModel
-from update_models import bytes_of, flip, make_qwen3, running_replica, wait_until
+from typer.testing import CliRunner
+from update_models import (
+    bytes_of,
+    flip,
+    make_qwen3,
+    running_replica,
+    save_folder,
+    wait_until,
+)
 
+from checkpoint_engine.cli.app import app
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.replica.engine import NotAccepting
 from checkpoint_engine.replica.replica import Replica
@@ -189,3 +201,26 @@ def test_it_can_be_turned_off(replica: Replica, model: PreTrainedModel) -> None:
     with scrubbing(replica, pass_seconds=0):
         assert len(list(submit(replica).tokens(timeout_seconds=30))) == 3
     assert replica.state == "serving"
+
+
+@pytest.mark.parametrize(("seconds", "scrubs"), [("600", True), ("0", False)])
+def test_the_command_line_scrubs_while_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, scrubs: bool
+) -> None:
+    save_folder(make_qwen3(1), tmp_path)
+    threads: list[str] = []
+
+    def serve(*_: object, **__: object) -> None:
+        threads.extend(thread.name for thread in threading.enumerate())
+
+    monkeypatch.setattr("checkpoint_engine.replica.server.serve", serve)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        arguments = ["replica", "--model", str(tmp_path), "--scrub-seconds", seconds]
+        result = CliRunner().invoke(app, arguments)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert result.exit_code == 0, result.output
+    assert "engine" in threads
+    assert ("scrub" in threads) == scrubs
+    assert "scrub" not in [thread.name for thread in threading.enumerate()]

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from update_models import WAIT_SECONDS, flip, make_qwen3, running_replica, wait_until
 
 from checkpoint_engine.cli.app import app
+from checkpoint_engine.replica.replica import Replica
+from checkpoint_engine.replica.scrub import scrubbing
 from checkpoint_engine.replica.server import create_app
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -27,6 +29,7 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 @dataclass(frozen=True)
 class Served:
+    replica: Replica
     model: PreTrainedModel
     url: str
 
@@ -54,7 +57,7 @@ def serving(model: PreTrainedModel) -> Iterator[Served]:
         thread.start()
         wait_until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Served(model, f"http://127.0.0.1:{port}")
+        yield Served(replica, model, f"http://127.0.0.1:{port}")
         server.should_exit = True
         thread.join(WAIT_SECONDS)
 
@@ -85,6 +88,20 @@ def test_digests_are_of_the_live_parameters(start: Start) -> None:
     ]
     assert changed == [NAME]
     assert after["digest"] != before["digest"]
+
+
+def test_a_replica_that_finds_a_flipped_bit_says_so(start: Start) -> None:
+    served = start(make_qwen3(1))
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    flip(served.model.get_parameter(NAME))
+    with scrubbing(served.replica, pass_seconds=0.05):
+        wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+    info = httpx.get(f"{served.url}/weight_info").json()
+    assert info["state"] == "torn"
+    assert NAME in info["reason"]
+    response = httpx.post(f"{served.url}/v1/completions", json={"prompt": [1, 2]})
+    assert response.status_code == 503
+    assert NAME in response.text
 
 
 def test_a_sample_is_of_about_its_share_and_alike_on_every_replica(start: Start) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -83,11 +84,20 @@ def flip(tensor: torch.Tensor, index: int = 0) -> None:
         tensor.detach().view(-1).view(torch.uint8)[index] ^= 1
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+
+
+def save_folder(model: PreTrainedModel, folder: Path) -> None:
+    """What `ckpt-engine replica --model` takes."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
 @contextmanager
 def running_replica(model: PreTrainedModel, label: str = "initial") -> Iterator[Replica]:
     """A real replica of this model, whose engine generates."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
-    replica = Replica(model, tokenizer, name="r", label=label)
+    replica = Replica(model, make_tokenizer(), name="r", label=label)
     replica.engine.start()
     yield replica
     replica.engine.stop(WAIT_SECONDS)
