@@ -301,6 +301,10 @@ def _recorded(
         try:
             if decision.step == "publish":
                 registry.publish(update)
+                if time.monotonic() > coordinator.decision_deadline:
+                    raise DeadlineExceeded(
+                        "it was recorded too late: who has applied no longer waits"
+                    )
             elif decision.report is not None:
                 report = msgspec.json.encode(decision.report)
                 registry.finish(update, decision.report.outcome, report)
