@@ -80,6 +80,11 @@ class Talker:
         with self._changed:
             self._heard.clear()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has closed its side, as it does when it dies."""
+        return self._ended
+
     def hang_up(self) -> None:
         """End of input, which every process takes as its end."""
         with contextlib.suppress(BrokenPipeError):
