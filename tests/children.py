@@ -80,6 +80,11 @@ class Talker:
         with self._changed:
             self._heard.clear()
 
+    def has_answered(self, number: int) -> bool:
+        """Whether the result of a command is there, or will never be."""
+        with self._changed:
+            return self._ended or any(heard.get("id") == number for heard in self._heard)
+
     @property
     def ended(self) -> bool:
         """Whether it has closed its side, as it does when it dies."""

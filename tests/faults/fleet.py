@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,16 @@ class Fleet:
         ]
 
     def finish(self, numbers: Sequence[int]) -> dict[str, Any] | None:
-        """The coordinator's outcome, None if it died; the others' are the same."""
+        """The coordinator's outcome, None if it died; the others' are the same.
+
+        One that stands still goes on when no replica waits for it any more.
+        """
+        while not self.trainer.has_answered(numbers[0]):
+            if self.trainer.stopped:
+                self.go_on(self.replicas.values())
+                self.serving()
+                self.go_on()
+            time.sleep(0.005)
         outcome: dict[str, Any] | None = None
         for rank, number in zip(self.ranks, numbers, strict=True):
             try:
@@ -225,12 +234,12 @@ class Fleet:
         assert before == {name: replica.pid for name, replica in self.replicas.items()}
         self._check_nothing_left()
 
-    def go_on(self) -> None:
+    def go_on(self, processes: Iterable[Forked] = ()) -> None:
         """Whoever was stopped goes on, and the link is up, now that deadlines have passed."""
         if self.link is not None:
             self.link.up()
-        for process in [*self.ranks, *self.replicas.values()]:
-            if process.alive and process.stopped:
+        for process in processes or [*self.ranks, *self.replicas.values()]:
+            if process.stopped:
                 process.signal(signal.SIGCONT)
 
     def recover(self) -> None:

@@ -62,12 +62,7 @@ def test_a_coordinator_stands_still_until_the_deadlines_have_passed(
     """The replicas do not wait for it; when it goes on, it finds them where they are."""
     bring(fleet)
     fleet.arm("rank 0", point, "stop")
-    numbers = fleet.begin(fleet.register(), timeout=SHORT_SECONDS)
-    fleet.trainer.wait_for("fault")
-    wait_until(lambda: fleet.trainer.stopped, "the stop")
-    fleet.serving()
-    fleet.go_on()
-    outcome = fleet.finish(numbers)
+    outcome = fleet.update(timeout=SHORT_SECONDS)
     assert outcome is not None
     assert outcome["outcome"] in ends
     (newest, *_) = fleet.trainer.call("history")

@@ -20,7 +20,7 @@ from checkpoint_engine.update import conductor
 from children import serve
 
 CALL_SECONDS = 30.0
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 10.0
 
 Handles = Any
 
