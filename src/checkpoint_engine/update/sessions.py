@@ -41,6 +41,7 @@ from checkpoint_engine.update.protocol import (
     Proceed,
     Ready,
     Stop,
+    Vote,
     Voted,
     Withdrawn,
 )
@@ -183,16 +184,24 @@ class Sessions:
     def _listen(self, name: str, channel: Channel[FromSession | Hold | LetGo]) -> None:
         deadlines = self._offer.deadlines
         longest = deadlines.ready_seconds + deadlines.pause_seconds + GRACE_SECONDS
-        while True:
-            vote = channel.receive(longest)
-            if not isinstance(vote, (Ready, Applied, Confirmed, Withdrawn)):
-                raise ProtocolError(f"a vote was due, not {type(vote).__name__}")
-            self._post(Voted(session=name, vote=vote))
-            if isinstance(vote, Confirmed):
-                return
-            if isinstance(vote, Withdrawn):
+        for due in (Ready, Applied, Confirmed):
+            if isinstance(self._receive_vote(name, channel, due, longest), Withdrawn):
                 self._hold_the_line(name, channel, longest)
                 return
+
+    def _receive_vote(
+        self,
+        name: str,
+        channel: Channel[FromSession | Hold | LetGo],
+        due: type[Ready | Applied | Confirmed],
+        timeout_seconds: float,
+    ) -> Vote:
+        """Pass on the vote that is due, or a "no"; the coordinator would wait out any other."""
+        vote = channel.receive(timeout_seconds)
+        if not isinstance(vote, (due, Withdrawn)):
+            raise ProtocolError(f"{due.__name__} was due, not {type(vote).__name__}")
+        self._post(Voted(session=name, vote=vote))
+        return vote
 
     def _hold_the_line(
         self, name: str, channel: Channel[FromSession | Hold | LetGo], timeout_seconds: float
@@ -220,12 +229,8 @@ class Sessions:
             self._send(name, Stop(reason="the update was not published"))
             return
         self._send(name, msgspec.structs.replace(self._offer, follower=True))
-        for step in ("apply", "publish", ""):
-            vote = channel.receive(seconds)
-            if not isinstance(vote, (Ready, Applied, Confirmed, Withdrawn)):
-                raise ProtocolError(f"a vote was due, not {type(vote).__name__}")
-            self._post(Voted(session=name, vote=vote))
-            if isinstance(vote, Withdrawn):
+        for due, step in ((Ready, "apply"), (Applied, "publish"), (Confirmed, "")):
+            if isinstance(self._receive_vote(name, channel, due, seconds), Withdrawn):
                 self._send(name, Stop(reason="a follower failed"))
                 return
             if step:
