@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import MALFORMED, UsageError
 from checkpoint_engine.replica.sequence import (
     FinishReason,
     GenerationRequest,
@@ -53,7 +53,7 @@ def decode(data: bytes, body_type: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(data, type=body_type)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise UsageError(f"malformed body: {error}") from error
 
 
