@@ -54,7 +54,8 @@ def decode(data: bytes, body_type: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=body_type)
     except MALFORMED as error:
-        raise UsageError(f"malformed body: {error}") from error
+        said = " ".join(str(error).split())  # it may quote a name that has lines
+        raise UsageError(f"malformed body: {said}") from error
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
