@@ -2,7 +2,7 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench fuzz
 .NOTPARALLEL:
 
 help:
@@ -10,7 +10,8 @@ help:
 	@echo "make test    the tests (ARGS goes to pytest)"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
+	@echo "make fuzz    throw 100,000 hostile inputs at every decoder"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test lint bench:
+setup demo test lint bench fuzz:
 	@scripts/$@ $(ARGS)
