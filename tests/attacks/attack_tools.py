@@ -40,7 +40,7 @@ try:
         end.connect(path)
     if role == "greet":
         try:
-            end.sendall(b"\\xff" * 4)
+            end.sendall(bytes.fromhex(sys.argv[4]))
             print(end.recv(100) or "nothing", flush=True)
         except ConnectionError:
             print("nothing", flush=True)
@@ -53,7 +53,7 @@ sys.stdin.read()
 
 
 @contextlib.contextmanager
-def stranger(role: str, path: Path) -> Iterator[str]:
+def stranger(role: str, path: Path, greeting: bytes = b"") -> Iterator[str]:
     """Another user's process: it will "listen" at a path, "connect", "greet", or "squat" the name.
 
     Gives its uid (of "greet", what it was answered), or the name of the error that it met. Only
@@ -61,7 +61,7 @@ def stranger(role: str, path: Path) -> Iterator[str]:
     process say that it is another's.
     """
     with subprocess.Popen(
-        [sys.executable, "-c", STRANGER, role, str(path), str(STRANGER_UID)],
+        [sys.executable, "-c", STRANGER, role, str(path), str(STRANGER_UID), greeting.hex()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,13 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attack_tools import STRANGER_UID, everything_said, knock, not_the_strangers_uid, stranger
+from attack_tools import (
+    STRANGER_UID,
+    envelope,
+    everything_said,
+    knock,
+    not_the_strangers_uid,
+    stranger,
+)
 from core_tools import TIMEOUT_SECONDS, num_fds
 
 from checkpoint_engine import ParameterServer
 from checkpoint_engine.errors import HandoverError
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.sockets import check_peer, listen, socket_dir
+from checkpoint_engine.update.protocol import Ready
 
 pytestmark = pytest.mark.usefixtures("no_garbage")
 
@@ -118,11 +126,16 @@ def test_another_user_does_not_reach_a_handle(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with stranger("connect", path) as said:
         assert said == ("PermissionError" if os.getuid() == 0 else str(os.getuid()))
-    not_the_strangers_uid(monkeypatch)
     path.parent.chmod(0o711)
     path.chmod(0o666)
-    with stranger("greet", path) as said:
-        assert said == "nothing", "it is hung up on"
+    vote = envelope(Ready(way_back="none"))
+    with monkeypatch.context() as patch:
+        not_the_strangers_uid(patch)
+        with stranger("greet", path, vote) as said:
+            assert said == "nothing", "it is hung up on"
+    with knock(before[0]["address"]) as connection:
+        connection.sendall(vote)
+        assert everything_said(connection) != b"", "whom it trusts is answered"
     path.parent.chmod(0o700)
     assert server.get_metas() == before
 
