@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 __all__ = [
+    "MALFORMED",
     "AdapterError",
     "CheckpointEngineError",
     "DeadlineExceeded",
@@ -43,6 +44,10 @@ __all__ = [
     "UsageError",
     "VerificationError",
 ]
+
+
+# What msgspec and json raise for bytes that somebody else chose.
+MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class CheckpointEngineError(Exception):

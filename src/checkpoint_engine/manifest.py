@@ -28,7 +28,7 @@ import msgspec
 import xxhash
 
 from checkpoint_engine.dtypes import num_bytes
-from checkpoint_engine.errors import ManifestError, UsageError
+from checkpoint_engine.errors import MALFORMED, ManifestError, UsageError
 
 __all__ = [
     "ALIGNMENT_BYTES",
@@ -188,7 +188,7 @@ def decode_manifest(data: bytes | bytearray | memoryview, *, msgpack: bool = Fal
     decode = msgspec.msgpack.decode if msgpack else msgspec.json.decode
     try:
         manifest = decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ManifestError(f"not a manifest: {error}") from error
     check_manifest(manifest)
     return manifest

@@ -30,7 +30,7 @@ import msgspec
 from checkpoint_engine.calls import request_inference_to_update
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import ManifestError, RemoteError, UpdateFailed, UsageError
-from checkpoint_engine.manifest import Manifest, check_manifest
+from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.registry import PublishedVersion, Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
@@ -40,7 +40,7 @@ from checkpoint_engine.transport.sockets import socket_dir
 from checkpoint_engine.update.conductor import Conductor, Request
 from checkpoint_engine.update.coordinator import Policy
 from checkpoint_engine.update.probe import Probe, watch
-from checkpoint_engine.update.protocol import Report
+from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.staging import RankMeta, Version
 
@@ -173,6 +173,7 @@ class ParameterServer:
 
         Raises:
             UsageError: ranks registered different tensors under one name, or nobody any.
+            ProtocolError, ManifestError: what a rank told is malformed or contradicts itself.
             DeadlineExceeded: a rank did not come.
         """
         self._adopt(checkpoint_name, self._gather(checkpoint_name))
@@ -189,7 +190,7 @@ class ParameterServer:
             manifest=shard.manifest if shard else Manifest.of(()),
         )
         encoded = self._rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
-        return [msgspec.msgpack.decode(one, type=RankMeta) for one in encoded]
+        return [decode(one, RankMeta) for one in encoded]
 
     def get_metas(self) -> dict[int, Any]:
         """What every rank registered, as plain data: JSON and any other encoding keep it."""
@@ -208,8 +209,6 @@ class ParameterServer:
         except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise ManifestError(f"not what get_metas gives: {error}") from error
         decoded = [by_rank[rank] for rank in sorted(by_rank)]
-        for meta in decoded:
-            check_manifest(meta.manifest)
         ranks = [meta.rank for meta in decoded]
         if ranks != list(range(self.world_size)):
             raise UsageError(f"these are the metas of ranks {ranks}, of {self.world_size} here")

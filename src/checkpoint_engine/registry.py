@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ def state_dir() -> Path:
     """`$CKPT_ENGINE_STATE_DIR`, else ckpt-engine in the user's state folder; made on first use.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: it cannot be made, or other users may write there.
     """
     configured = os.environ.get("CKPT_ENGINE_STATE_DIR")
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -87,14 +88,20 @@ def state_dir() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}; set CKPT_ENGINE_STATE_DIR") from error
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise UsageError(
+            f"{folder}: belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, "
+            "so others could forge the record; set CKPT_ENGINE_STATE_DIR"
+        )
     return folder
 
 
-def _process(pid: int) -> str:
+def _process(pid: str) -> str:
     """A name that no other process has, on this boot of this host; pids are used again."""
     try:
         started_at = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):
         return "none"
     return f"{pid}:{started_at}:{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
@@ -106,10 +113,12 @@ class Registry:
         self._path = path
         self._lock = threading.Lock()
         try:
+            # SQLite would make a file that everybody may read.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise UsageError(f"{path}: not usable as a registry: {error}") from error
         try:
             for statement in (
@@ -138,7 +147,7 @@ class Registry:
             update,
             "insert into updates (id, epoch, version, digest, owner, started_at) "
             "values (?, ?, ?, ?, ?, ?)",
-            update, epoch, version, digest, _process(os.getpid()), time.time(),
+            update, epoch, version, digest, _process(str(os.getpid())), time.time(),
         )  # fmt: skip
 
     def publish(self, update: str) -> None:
@@ -167,7 +176,7 @@ class Registry:
         unfinished = [
             record
             for record in self._records("where finished_at is null")
-            if _process(int(record.owner.split(":")[0])) != record.owner
+            if _process(record.owner.split(":")[0]) != record.owner
         ]
         for record in unfinished:
             outcome = "published" if record.published_at is not None else "rolled_back"
@@ -208,7 +217,11 @@ class Registry:
         fields = UpdateRecord.__struct_fields__
         query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
         rows = self._rows(query, *parameters)
-        return [UpdateRecord(**dict(zip(fields, row, strict=True))) for row in rows]
+        named = [dict(zip(fields, row, strict=True)) for row in rows]
+        try:
+            return msgspec.convert(named, list[UpdateRecord])
+        except msgspec.ValidationError as error:  # SQLite's columns hold values of any type
+            raise UsageError(f"{self._path}: not usable as a registry: {error}") from error
 
     def _change(self, update: str, statement: str, *parameters: object) -> None:
         if not self._rows(f"{statement} returning id", *parameters):

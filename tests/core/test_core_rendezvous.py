@@ -29,13 +29,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def ranks(num_ranks: int) -> list[Rendezvous]:
     """The ranks of one process, each for a thread of its own."""
     store = HashStore()

@@ -1,12 +1,31 @@
-"""A replica process that a test has started."""
+"""Replica processes that tests start, and what they ask of them."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+
+COMMAND = (sys.executable, "-m", "checkpoint_engine")
+
+
+def make_environment(state: Path) -> dict[str, str]:
+    """An environment whose sockets and registry are the test's own."""
+    sockets = Path("/tmp") / f"ce-{os.getpid()}"  # short: a socket's path has 107 bytes
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("CKPT_ENGINE", "RANK"))},
+        "CKPT_ENGINE_SOCKET_DIR": str(sockets),
+        "CKPT_ENGINE_STATE_DIR": str(state),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 @dataclass(frozen=True)
@@ -21,3 +40,31 @@ class Server:
 
     def complete(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.endpoint}/v1/completions", json=body, timeout=30)
+
+
+class Servers:
+    """Starts replicas in one environment, and ends them all when closed."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, folder: Path, *options: str, command: Sequence[str] = COMMAND) -> Server:
+        process = subprocess.Popen(
+            [*command, "replica", "--model", str(folder), "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(self._environment),
+        )
+        self._processes.append(process)
+        assert process.stdout is not None
+        words = process.stdout.readline().split()
+        assert words, "the replica ended before it served"
+        return Server(process, words[-1])
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait(30)
+            assert process.stdout is not None
+            process.stdout.close()

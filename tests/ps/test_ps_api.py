@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import http.server
 import inspect
 import json
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from ps_tools import DEVICE, register, version
 
 import checkpoint_engine.calls
@@ -342,59 +339,6 @@ def test_metas_of_too_few_ranks_are_refused(server: ParameterServer) -> None:
 def test_metas_come_from_gathering(server: ParameterServer) -> None:
     with pytest.raises(UsageError, match="gather_metas"):
         server.get_metas()
-
-
-@pytest.fixture(scope="module")
-def honest(socket_folder: Path) -> Iterator[tuple[ParameterServer, dict[int, Any]]]:
-    server = ParameterServer()
-    register(server, "step-1", 1)
-    yield server, server.get_metas()
-    server.close()
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    if isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(item, (*path, key))
-
-
-lies = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    st.text(max_size=20),
-    st.just("\ud800"),
-    st.lists(st.integers(), max_size=3),
-    st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
-)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_hostile_metas_are_refused_or_harmless(
-    data: st.DataObject, honest: tuple[ParameterServer, dict[int, Any]]
-) -> None:
-    server, metas = honest
-    lying = copy.deepcopy(metas)
-    *parents, last = data.draw(st.sampled_from([path for path in places(lying[0]) if path]))
-    lie = data.draw(lies)
-    place: Any = lying[0]
-    for key in parents:
-        place[key] = list(place[key]) if isinstance(place[key], tuple) else place[key]
-        place = place[key]
-    place[last] = lie
-    try:
-        server.load_metas(lying)
-    except CheckpointEngineError:
-        return
-    accepted = server.get_metas()[0]
-    assert accepted["manifest"] == metas[0]["manifest"]
-    assert accepted["rank"] == 0
-    assert accepted["address"] == metas[0]["address"]
 
 
 # Using it wrongly

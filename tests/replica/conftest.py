@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-import torch
 import uvicorn
 from fastapi import FastAPI
 from tiny_replica import (
@@ -21,11 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint_engine.replica.engine import Engine
 from checkpoint_engine.replica.server import create_app
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

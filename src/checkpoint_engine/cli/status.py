@@ -18,7 +18,7 @@ from rich.text import Text
 
 from checkpoint_engine.cli.console import EXIT_DISAGREE, new_table, out, print_json, printable
 from checkpoint_engine.cli.endpoints import checked_url, get
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import MALFORMED, UsageError
 
 if TYPE_CHECKING:
     import httpx
@@ -138,7 +138,7 @@ def _decode(response: httpx.Response) -> WeightInfo | None:
         return None
     try:
         return msgspec.json.decode(response.content, type=WeightInfo)
-    except msgspec.DecodeError:
+    except MALFORMED:
         return None
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import MALFORMED, UsageError
 from checkpoint_engine.replica.sequence import (
     FinishReason,
     GenerationRequest,
@@ -53,8 +53,9 @@ def decode(data: bytes, body_type: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(data, type=body_type)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"malformed body: {error}") from error
+    except MALFORMED as error:
+        said = " ".join(str(error).split())  # it may quote a name that has lines
+        raise UsageError(f"malformed body: {said}") from error
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

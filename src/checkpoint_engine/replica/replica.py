@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,8 @@ INFO_SECONDS = 120.0
 SCRUB_SECONDS = 1.0
 PAUSE_SECONDS = 60.0
 HISTORY_LENGTH = 100
+# A folder is data: nothing of it is run, and what is not in it is not fetched.
+TRUST: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 T = TypeVar("T")
 
@@ -335,17 +338,17 @@ def load_replica(
     if load_format not in ("auto", "dummy"):
         raise UsageError(f"--load-format is auto or dummy, not {load_format!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
         if load_format == "auto":
             model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype="auto"
+                folder, dtype="auto", use_safetensors=True, **TRUST
             )
         else:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **TRUST)
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=config.dtype or torch.float32
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     label = None if wait_for_initial_weights else {"auto": "initial", "dummy": "dummy"}[load_format]
     return Replica(model, tokenizer, name=name, label=label)

@@ -29,6 +29,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from checkpoint_engine.compare import WeightDigests
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineExceeded, UsageError
@@ -45,6 +46,7 @@ from checkpoint_engine.replica.sequence import Event, Generation, GenerationRequ
 __all__ = ["ServedReplica", "check_binding", "create_app", "serve"]
 
 MAX_BODY_BYTES = 1 << 20
+HEAD_TIMEOUT_SECONDS = 10.0
 BODY_TIMEOUT_SECONDS = 30.0
 GENERATION_TIMEOUT_SECONDS = 3600.0  # longer than any operator's pause should be
 SHUTDOWN_TIMEOUT_SECONDS = 10
@@ -146,6 +148,7 @@ def serve(
         raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         access_log=False,
         log_config=None,
         lifespan="off",
@@ -155,6 +158,22 @@ def serve(
     )
     with listener:
         _Server(config, ready).run(sockets=[listener])
+
+
+class _Protocol(H11Protocol):
+    """Hangs up on clients that begin no request, which uvicorn alone would wait for for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to watch a new connection."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_TIMEOUT_SECONDS, self._check_progress, None)
+
+    def _check_progress(self, last: RequestResponseCycle | None) -> None:
+        """Close unless a request is being answered, or one has begun since the `last`."""
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEAD_TIMEOUT_SECONDS, self._check_progress, self.cycle)
 
 
 class _Server(uvicorn.Server):

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from checkpoint_engine.dtypes import num_bytes
-from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.errors import MALFORMED, SourceError, UsageError
 from checkpoint_engine.plan.layout import TensorSpec, place
 
 __all__ = ["SafetensorsSource", "safetensors_files"]
@@ -142,8 +142,8 @@ def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        weight_map = msgspec.json.decode(_read_small(index), type=_Index).weight_map
+    except MALFORMED as error:
         raise SourceError(f"{index}: not an index of safetensors files: {error}") from error
     if not weight_map:
         raise SourceError(f"{index}: names no tensor")
@@ -161,6 +161,15 @@ def _indexed_files(index: Path) -> list[Path]:
         if missing:
             raise SourceError(f"{index.parent / file}: lacks {missing[0]!r}, which the index names")
     return [index.parent / file for file in sorted(files)]
+
+
+def _read_small(path: Path) -> bytes:
+    """A file that is read whole, which must not be larger than any header is."""
+    with os.fdopen(_open_file(path), "rb") as file:
+        data = file.read(MAX_HEADER_BYTES + 1)
+    if len(data) > MAX_HEADER_BYTES:
+        raise SourceError(f"{path}: has more than the {MAX_HEADER_BYTES} bytes allowed")
+    return data
 
 
 def _names_in(path: Path) -> set[str]:

@@ -28,7 +28,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost, ProtocolError
+from checkpoint_engine.errors import MALFORMED, DeadlineExceeded, PeerLost, ProtocolError
 
 __all__ = ["Channel"]
 
@@ -137,7 +137,7 @@ class Channel(Generic[Body]):
         try:
             envelope = self._envelopes.decode(frame)
             body = self._decoder.decode(envelope.body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except MALFORMED as error:
             raise ProtocolError(f"a malformed message: {error}") from error
         if envelope.sequence != self._num_received:
             raise ProtocolError(

@@ -37,6 +37,7 @@ from checkpoint_engine.update.protocol import (
     Report,
     Returned,
     Staged,
+    decode,
 )
 from checkpoint_engine.update.sessions import Door, Sessions
 from checkpoint_engine.update.staging import Version, deliver, parts_on
@@ -96,7 +97,7 @@ class Conductor:
         self._events = _Outbox(scope.fork())
         if rank == 0:
             self._open(scope, number)
-        start = msgspec.msgpack.decode(scope.get("start", MEET_SECONDS), type=_Start)
+        start = decode(scope.get("start", MEET_SECONDS), _Start)
         received: Segment | None = None
         sessions: Sessions | None = None
         try:
@@ -204,7 +205,7 @@ class Conductor:
         longest = 2 * self.timeout_seconds + GRACE_SECONDS
         called = False
         while True:
-            decision = msgspec.msgpack.decode(decisions.next(longest), type=Decision)
+            decision: Decision = decode(decisions.next(longest), Decision)
             if decision.step == "end":
                 assert decision.report is not None, "the end comes with a report"
                 return decision.report
@@ -291,7 +292,7 @@ def _decide(
         except DeadlineExceeded:
             decided = coordinator.expire(time.monotonic())
         else:
-            decided = coordinator.on(msgspec.msgpack.decode(entry, type=Event), time.monotonic())
+            decided = coordinator.on(decode(entry, Event), time.monotonic())
         yield from record(decided, coordinator, registry, opening.update)
 
 

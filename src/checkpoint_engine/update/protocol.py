@@ -20,9 +20,11 @@ after it that rolls back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-from checkpoint_engine.errors import RemoteError
+from checkpoint_engine.errors import MALFORMED, ProtocolError, RemoteError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.timeline import Span
 from checkpoint_engine.transport.handover import Part
@@ -50,6 +52,7 @@ __all__ = [
     "Vote",
     "Voted",
     "Withdrawn",
+    "decode",
 ]
 
 PROTOCOL = 1
@@ -324,3 +327,15 @@ class Decision(_Message, frozen=True):
     proceed: tuple[str, ...] = ()
     quarantine: tuple[str, ...] = ()
     report: Report | None = None
+
+
+def decode(data: bytes, kind: Any) -> Any:
+    """A `kind`, or one of its union, that another rank put into a log.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except MALFORMED as error:
+        raise ProtocolError(f"a malformed message of another rank: {error}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from checkpoint_engine.errors import RemoteError
+from checkpoint_engine.errors import ProtocolError, RemoteError
 from checkpoint_engine.update.protocol import (
     Applied,
     Confirmed,
@@ -37,6 +37,8 @@ from checkpoint_engine.update.protocol import (
 
 __all__ = ["Action", "Relay", "Tell"]
 
+VOTES = (Ready, Applied, Confirmed)
+
 
 @dataclass(frozen=True)
 class Tell:
@@ -54,6 +56,7 @@ class _Line:
     """A connection to one session."""
 
     follower: bool
+    num_votes: int = 0
     offered: bool = False
     said_no: bool = False
     told_last: bool = False
@@ -88,8 +91,16 @@ class Relay:
         return name, [event, *self._lead(name)]
 
     def voted(self, name: str, vote: Vote) -> list[Action]:
-        """A session has voted."""
+        """A session has voted.
+
+        Raises:
+            ProtocolError: another vote was due; the coordinator would wait out this one.
+        """
         line = self._lines[name]
+        due = VOTES[line.num_votes]
+        if not isinstance(vote, (due, Withdrawn)):
+            raise ProtocolError(f"{due.__name__} was due, not {type(vote).__name__}")
+        line.num_votes += 1
         actions: list[Action] = [Voted(session=name, vote=vote)]
         line.closed = isinstance(vote, Confirmed)
         line.said_no = isinstance(vote, Withdrawn)

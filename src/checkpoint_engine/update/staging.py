@@ -17,7 +17,7 @@ import msgspec
 
 from checkpoint_engine.codec.digest import chunk_digest
 from checkpoint_engine.errors import TransferError, VerificationError
-from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.manifest import Manifest, check_manifest
 from checkpoint_engine.pipeline import run_pipeline
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES, Bucket, plan_buckets
 from checkpoint_engine.plan.merge import Run, merge
@@ -81,7 +81,14 @@ class Version:
 
     @classmethod
     def of(cls, metas: Sequence[RankMeta]) -> Version:
-        """Put the ranks' shards together; raises UsageError where they contradict."""
+        """Put the ranks' shards together.
+
+        Raises:
+            ManifestError: a rank's manifest contradicts itself.
+            UsageError: the ranks contradict each other.
+        """
+        for meta in metas:
+            check_manifest(meta.manifest)
         manifest, runs = merge([meta.manifest for meta in metas])
         hosts = Hosts.of(metas)
         return cls(manifest.digest, manifest.num_bytes, manifest, runs, tuple(metas), hosts)

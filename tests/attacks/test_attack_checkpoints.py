@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from core_tools import BITS, MIB, PROPERTY, Weight, digest_by_recipe, num_fds
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from core_tools import MIB, num_fds
 
 from checkpoint_engine.errors import SourceError
 from checkpoint_engine.sources import SafetensorsSource
@@ -241,78 +237,3 @@ def test_a_failure_leaves_the_versions_of_before(store: Store, path: Path) -> No
     source.close()
     assert (store.labels, store["version"].manifest.digest) == (["version"], digest)
     assert bytes(store["version"].memory) == kept
-
-
-# Fuzz: a file is refused, or read exactly as the format's own library reads it.
-
-
-def agrees_with_the_library(data: bytes) -> bool:
-    """Whether the file was taken; if it was, the library finds the same tensors and bytes."""
-    store, fds = Store(), num_fds()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        path.write_bytes(data)
-        try:
-            digest = register(store, path)
-        except SourceError:
-            assert (store.labels, store.allocated_bytes, num_fds()) == ([], 0, fds)
-            return False
-    store.close()
-    found = safetensors.deserialize(data)
-    assert digest == digest_by_recipe(
-        {
-            name: Weight(tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"]))
-            for name, tensor in found
-        }
-    )
-    return True
-
-
-@PROPERTY
-@given(st.randoms(use_true_random=False), st.integers(0, 3), st.booleans())
-def test_mutated_files(rng: random.Random, num_mutations: int, in_header: bool) -> None:
-    data = bytearray(safetensors.torch.save(TENSORS))
-    end = 8 + struct.unpack_from("<Q", data)[0] if in_header else len(data)
-    for _ in range(num_mutations):
-        start = rng.randrange(end)
-        num_bytes = rng.choice([0, 1, 1, 1, 5])
-        if rng.random() < 0.5:
-            piece = rng.randbytes(num_bytes)
-        else:
-            piece = bytes(rng.choices(b'{}[]",: 0123456789-.eFUINB\\', k=num_bytes))
-        replaced = num_bytes if rng.random() < 0.8 else rng.randrange(3)
-        data[start : start + replaced] = piece
-    assume(b"-0" not in data)  # to Python it is 0, to the library no natural number
-    taken = agrees_with_the_library(bytes(data))
-    assert taken or num_mutations
-
-
-dims = st.integers(-1, 4) | st.sampled_from([1 << 31, 1 << 48, 1 << 63, 1 << 64])
-entries = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from([*BITS, "F5", ""]),
-        "shape": st.lists(dims, max_size=3),
-        "data_offsets": st.lists(st.integers(-1, 16), min_size=2, max_size=2),
-    }
-)
-
-
-@PROPERTY
-@given(st.dictionaries(st.text(max_size=3), entries, max_size=3), st.binary(max_size=16))
-def test_random_headers(header: dict[str, Any], data: bytes) -> None:
-    agrees_with_the_library(file_of(header, data))
-
-
-@PROPERTY
-@given(
-    st.lists(st.tuples(st.sampled_from(["U8", "BF16", "F64", "F8_E4M3"]), st.integers(0, 3))),
-    st.data(),
-)
-def test_well_formed_headers_are_taken(sizes: list[tuple[str, int]], draw: st.DataObject) -> None:
-    header, end = {}, 0
-    for number, (dtype, size) in enumerate(sizes):
-        begin, end = end, end + size * BITS[dtype] // 8
-        header[f"w{number}"] = entry(dtype, [size], begin, end)
-    shuffled = dict(draw.draw(st.permutations(list(header.items()))))
-    data = draw.draw(st.binary(min_size=end, max_size=end))
-    assert agrees_with_the_library(file_of(shuffled, data))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-from core_tools import PROPERTY, BytesSource, Weight, pattern, placed, u8
-from hypothesis import given
-from hypothesis import strategies as st
+from core_tools import BytesSource, Weight, pattern, placed, u8
 
 from checkpoint_engine.errors import ManifestError
-from checkpoint_engine.manifest import Manifest, decode_manifest
+from checkpoint_engine.manifest import decode_manifest
 
 HONEST, _ = placed(
     BytesSource(
@@ -173,65 +170,3 @@ def test_the_messages_stay_short() -> None:
         with pytest.raises(ManifestError) as refusal:
             decode_manifest(msgspec.json.encode(told))
         assert len(str(refusal.value)) < 1000
-
-
-# Fuzz: whatever arrives is a manifest or a ManifestError.
-
-
-def decoded(data: bytes, *, msgpack: bool) -> Manifest | None:
-    try:
-        return decode_manifest(data, msgpack=msgpack)
-    except ManifestError:
-        return None
-
-
-@PROPERTY
-@given(st.binary(max_size=200), st.booleans())
-def test_random_bytes(data: bytes, msgpack: bool) -> None:
-    assert decoded(data, msgpack=msgpack) is None
-
-
-@PROPERTY
-@given(st.randoms(use_true_random=False), st.integers(1, 4), st.booleans())
-def test_mutated_bytes(rng: random.Random, num_mutations: int, msgpack: bool) -> None:
-    data = bytearray(HONEST.to_msgpack() if msgpack else HONEST.to_json())
-    for _ in range(num_mutations):
-        start = rng.randrange(len(data))
-        end = min(len(data), start + rng.choice([0, 1, 1, 1, 8]))
-        data[start:end] = rng.randbytes(rng.choice([0, 1, 1, 1, 4]))
-    manifest = decoded(bytes(data), msgpack=msgpack)
-    assert manifest is None or manifest.digest == HONEST.digest
-
-
-numbers = st.integers() | st.sampled_from([-1, 0, 256, 1 << 31, 1 << 46, 1 << 63, 1 << 64])
-values = (
-    numbers
-    | st.none()
-    | st.booleans()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.binary(max_size=32)
-    | st.lists(numbers, max_size=4)
-    | st.dictionaries(st.text(max_size=5), numbers, max_size=2)
-)
-
-
-@PROPERTY
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 4),
-            st.sampled_from(["name", "dtype", "shape", "offset", "length", "chunk_digests"]),
-            values,
-        ),
-        max_size=3,
-    ),
-    values,
-)
-def test_random_fields(changes: list[tuple[int, str, Any]], num_bytes: Any) -> None:
-    told = msgspec.json.decode(HONEST.to_json())
-    for number, key, value in changes:
-        told["tensors"][number][key] = value
-    told["num_bytes"] = num_bytes
-    manifest = decoded(msgspec.json.encode(told), msgpack=False)
-    assert manifest is None or manifest == HONEST
