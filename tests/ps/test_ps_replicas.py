@@ -17,8 +17,6 @@ from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from children import Child, wait_until
 
-pytestmark = pytest.mark.slow
-
 Replicas = tuple[ReplicaProcess, ReplicaProcess]
 Engines = tuple[EngineProcess, EngineProcess]
 
