@@ -370,7 +370,9 @@ class ParameterServer:
     def _ended(self, result: Report, file: str | os.PathLike[str] | None) -> Report:
         if file is not None and self.rank == 0:
             Path(file).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-        if result.outcome != "published" or (result.reason and result.reason.where == "probe"):
+        published = any(replica.outcome.startswith("published") for replica in result.replicas)
+        refused = result.reason is not None and result.reason.where == "probe"
+        if result.outcome != "published" or not published or refused:
             raise UpdateFailed(_explain(result), result)
         return result
 
@@ -481,7 +483,8 @@ def _kept_in_spite_of(result: Report, verdict: RemoteError, problem: str) -> Rep
 def _explain(report: Report) -> str:
     """The first cause in one line, then what became of each replica, then the remote traceback."""
     reason = report.reason
-    lines = [f"update to {report.version!r} {report.outcome.replace('_', ' ')}: {reason}"]
+    first = reason or "recorded, but no replica lived to confirm it"
+    lines = [f"update to {report.version!r} {report.outcome.replace('_', ' ')}: {first}"]
     lines += [f"  {replica.name}: {replica.outcome}" for replica in report.replicas]
     if reason is not None and reason.traceback:
         lines += [f"remote traceback ({reason.where}):", reason.traceback.rstrip()]

@@ -69,6 +69,8 @@ def test_a_coordinator_stands_still_until_the_deadlines_have_passed(
     assert newest["outcome"] == outcome["outcome"]
     labels = set(fleet.serving().values())
     assert (fleet.newest in labels) <= (outcome["outcome"] == "published")
+    if outcome["outcome"] == "published" and fleet.newest not in labels:
+        assert "no replica lived to confirm it" in outcome["error"]
     fleet.check()
 
 

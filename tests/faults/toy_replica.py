@@ -17,7 +17,7 @@ from toy import Faults, answer, label, lift, listening, make_model
 
 from checkpoint_engine.adapters import transformers
 from checkpoint_engine.adapters.base import Identity, Served
-from checkpoint_engine.adapters.live import write
+from checkpoint_engine.adapters.live import LiveModel, write
 from checkpoint_engine.codec.digest import digest_pieces
 from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.manifest import Version
@@ -138,12 +138,10 @@ class Replica:
         if not self._updating.acquire(blocking=False):
             return {"state": "updating"}
         try:
-            served = self._adapter.recompute()
             return {
                 "state": self._server.state,
                 "label": self._server._label,
-                "digest": served.digest,
-                "served_digest": served.served_digest,
+                "digest": LiveModel(self._server._model).digest(),
                 "base": self._adapter.base(),
                 "undecided": self._adapter.undecided,
             }

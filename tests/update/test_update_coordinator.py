@@ -19,7 +19,7 @@ from coordinator_play import (
 
 from checkpoint_engine.errors import RemoteError, UsageError
 from checkpoint_engine.update.coordinator import Policy
-from checkpoint_engine.update.protocol import PROTOCOL, Deadlines, Report
+from checkpoint_engine.update.protocol import PROTOCOL, Deadlines, Hello, Joined, Report
 
 # When all goes well
 
@@ -659,6 +659,20 @@ def test_a_replica_too_few_is_an_abort() -> None:
 def test_a_policy_says_what_is_wrong_with_it(on_failure: str, min_replicas: int) -> None:
     with pytest.raises(UsageError):
         Policy(on_failure, min_replicas)
+
+
+def test_an_update_that_a_replica_had_to_leave_in_doubt_is_reported() -> None:
+    play = Play()
+    play.staged(open_ended=False)
+    hello = Hello(
+        protocol=PROTOCOL, replica="a", engine="a", rank=0, world_size=1, undecided="999-4"
+    )
+    play.on(Joined(session="a", rank=0, hello=hello))
+    play.ready("a")
+    play.applied("a")
+    play.confirmed("a")
+    play.returned()
+    assert [replica.undecided for replica in play.report.replicas] == ["999-4"]
 
 
 # How long

@@ -119,6 +119,7 @@ class _Worker:
             way_back=self.way_back,
             pause_seconds=self.pause_seconds,
             follower=self.follower,
+            undecided=self.hello.undecided,
             error=self.error or request_error,
         )
 

@@ -272,7 +272,8 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine's worker ended.
 
     `outcome`: "published", "published_unconfirmed", "kept" (its base, as before),
-    "quarantined" (its base, and not serving), "torn", or "lost" (dead or silent).
+    "quarantined" (its base, and not serving), "torn", or "lost" (dead or silent). `undecided` is
+    the update before this one, if it had to leave that without learning the decision.
     """
 
     name: str
@@ -283,6 +284,7 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
     way_back: str | None = None
     pause_seconds: float | None = None
     follower: bool = False
+    undecided: str | None = None
     error: RemoteError | None = None
 
 
