@@ -2,16 +2,18 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test lint bench fuzz
+.PHONY: help setup demo test simulate soak fuzz lint bench
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a weight update from trainer to running replicas, on this machine"
 	@echo "make test    the tests (ARGS goes to pytest)"
+	@echo "make simulate  100,000 random schedules of faults, on simulated time"
+	@echo "make soak    2,000 updates under load: nothing grows"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make fuzz    throw 100,000 hostile inputs at every decoder"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test lint bench fuzz:
+setup demo test simulate soak fuzz lint bench:
 	@scripts/$@ $(ARGS)

@@ -68,10 +68,11 @@ def test_troubleshooting_quotes_messages_that_the_code_has() -> None:
     assert [piece for piece in quoted if _words(piece) not in _words(everything)] == []
 
 
-def test_commands_in_the_readme_exist() -> None:
+def test_commands_in_the_documents_exist() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"^ckpt-engine (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {name for name, _ in lines} == {"replica", "update", "status"}
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    lines = re.findall(r"^ckpt-engine (\w+)(.*)$", text, re.MULTILINE)
+    assert {"replica", "update", "status", "rollback", "verify", "diff"} <= {n for n, _ in lines}
     for name, arguments in lines:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", arguments)) <= known

@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     )
     from checkpoint_engine.manifest import Manifest, TensorMeta, Version
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.update.probe import Probe, http_check
     from checkpoint_engine.update.protocol import ReplicaReport, Report
     from checkpoint_engine.worker import update_weights_from_ipc
 
@@ -39,6 +40,7 @@ __all__ = [
     "ManifestError",
     "ParameterServer",
     "PeerLost",
+    "Probe",
     "ProtocolError",
     "RemoteError",
     "ReplicaReport",
@@ -53,6 +55,7 @@ __all__ = [
     "VerificationError",
     "Version",
     "engine_requests",
+    "http_check",
     "request_inference_to_update",
     "update_weights_from_ipc",
 ]
@@ -60,11 +63,13 @@ __all__ = [
 _HOMES = {
     "Manifest": "manifest",
     "ParameterServer": "ps",
+    "Probe": "update.probe",
     "ReplicaReport": "update.protocol",
     "Report": "update.protocol",
     "TensorMeta": "manifest",
     "Version": "manifest",
     "engine_requests": "calls",
+    "http_check": "update.probe",
     "request_inference_to_update": "calls",
     "update_weights_from_ipc": "worker",
 }

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +29,9 @@ import msgspec
 
 from checkpoint_engine.calls import request_inference_to_update
 from checkpoint_engine.device_utils import device_uuid
-from checkpoint_engine.errors import ManifestError, UpdateFailed, UsageError
+from checkpoint_engine.errors import ManifestError, RemoteError, UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest
-from checkpoint_engine.registry import Registry, state_dir
+from checkpoint_engine.registry import PublishedVersion, Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
 from checkpoint_engine.transport.collective import Collective
@@ -39,11 +39,14 @@ from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.transport.sockets import socket_dir
 from checkpoint_engine.update.conductor import Conductor, Request
 from checkpoint_engine.update.coordinator import Policy
+from checkpoint_engine.update.probe import Probe, watch
 from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.staging import RankMeta, Version
 
 __all__ = ["ParameterServer", "request_inference_to_update"]
+
+MEET_SECONDS = 60.0
 
 
 class ParameterServer:
@@ -173,8 +176,11 @@ class ParameterServer:
             ProtocolError, ManifestError: what a rank told is malformed or contradicts itself.
             DeadlineExceeded: a rank did not come.
         """
+        self._adopt(checkpoint_name, self._gather(checkpoint_name))
+
+    def _gather(self, checkpoint_name: str | None) -> list[RankMeta]:
         registered = checkpoint_name in self._store.labels
-        shard = self._store[checkpoint_name] if registered else None
+        shard = self._store[checkpoint_name] if checkpoint_name and registered else None
         meta = RankMeta(
             rank=self.rank,
             host=_host(),
@@ -184,7 +190,7 @@ class ParameterServer:
             manifest=shard.manifest if shard else Manifest.of(()),
         )
         encoded = self._rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
-        self._adopt(checkpoint_name, [decode(one, RankMeta) for one in encoded])
+        return [decode(one, RankMeta) for one in encoded]
 
     def get_metas(self) -> dict[int, Any]:
         """What every rank registered, as plain data: JSON and any other encoding keep it."""
@@ -223,6 +229,8 @@ class ParameterServer:
         on_failure: str = "rollback",
         min_replicas: int = 1,
         require_rollback: bool = False,
+        base: str | None = None,
+        probe: Probe | Callable[[], object] | None = None,
         report: str | os.PathLike[str] | None = None,
     ) -> Report:
         """Bring the engines to a gathered checkpoint, all of them or none.
@@ -239,34 +247,60 @@ class ParameterServer:
             on_failure: "rollback", or "quarantine" to go on without the engines that fail.
             min_replicas: with "quarantine", how many engines must be left.
             require_rollback: refuse engines that would have no way back.
+            base: digest of the version that every engine must serve; else the update is refused.
+            probe: asked for a while after publish, on rank 0; if it says no, the engines return to
+                the version before. A bare function is asked once a second for ten seconds.
             report: file to write the report to, as JSON, on rank 0.
 
         Returns:
             The report; the same on every rank.
 
         Raises:
-            UpdateFailed: nothing was published; every engine serves what it served before, unless
-                the report says that it is torn or lost. Names the first cause.
+            UpdateFailed: nothing was published, or the probe said no; every engine serves what it
+                served before, unless the report says otherwise. Names the first cause.
             UsageError: the checkpoint was not gathered.
         """
         policy = Policy(on_failure, min_replicas, require_rollback)
-        if report is not None and not Path(report).absolute().parent.is_dir():
-            raise UsageError(f"{report}: the report's folder does not exist")
-        requests = [req_func] if callable(req_func) else list(req_func)
+        _check_report_file(report)
         if ranks and self.rank not in ranks:
-            requests = []
+            req_func = []
         with self._lock, self._leased(checkpoint_name):
             version = self._gathered(checkpoint_name)
-            result = self._conduct(
-                version, policy, requests, timeout, weight_version, open_ended=callable(req_func)
-            )
-            if result.outcome == "published":
-                self._published = result.digest
-        if report is not None and self.rank == 0:
-            Path(report).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-        if result.outcome != "published":
-            raise UpdateFailed(_explain(result), result)
-        return result
+            label = weight_version or self._name or ""
+            result = self._conduct(version, label, policy, req_func, timeout, base)
+            if probe is not None and result.outcome == "published":
+                probe = probe if isinstance(probe, Probe) else Probe(probe)
+                result = self._watched(result, probe, req_func, timeout)
+        return self._ended(result, report)
+
+    def rollback(
+        self,
+        req_func: Request | Sequence[Request],
+        *,
+        to: str | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        report: str | os.PathLike[str] | None = None,
+    ) -> Report:
+        """Return the engines to a version that they still keep, all of them or none.
+
+        Each engine keeps the version that it served before the present one, so nothing is read or
+        sent, no server of then needs to live, and a second rollback undoes the first. Nothing
+        needs to be registered here; the registry says what was published.
+
+        Args:
+            req_func: as for `update`.
+            to: label of a published version; default the one published before the last.
+            timeout: until every engine is ready.
+            report: file to write the report to, as JSON, on rank 0.
+
+        Raises:
+            UpdateFailed: an engine does not keep that version; nothing has changed.
+            UsageError: no such version was published.
+        """
+        _check_report_file(report)
+        with self._lock:
+            result = self._return_to(self._target(to), req_func, timeout)
+        return self._ended(result, report)
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Wait for all ranks; needs no process group, and may be called any number of times.
@@ -285,22 +319,76 @@ class ParameterServer:
         if self._registry is not None:
             self._registry.close()
 
+    def _target(self, label: str | None) -> PublishedVersion:
+        """What to return to; every rank asks, as they may share no registry but rank 0's counts."""
+        chosen: bytes = b""
+        if self.rank == 0:
+            versions = self._open_registry().versions()
+            found = [v for v in versions if v.version == label] if label else versions[1:2]
+            chosen = msgspec.msgpack.encode(found[:1])
+        chosen = self._rendezvous.gather("rollback", chosen, MEET_SECONDS)[0]
+        targets: list[PublishedVersion] = decode(chosen, list[PublishedVersion])
+        if not targets:
+            what = (
+                f"no version {label!r} was published" if label else "nothing was published before"
+            )
+            raise UsageError(f"{what}; `ckpt-engine versions` lists what was")
+        return targets[0]
+
+    def _return_to(
+        self, target: PublishedVersion, req_func: Request | Sequence[Request], timeout: timedelta
+    ) -> Report:
+        version = Version.kept(target.digest, target.num_bytes or 0, self._gather(None))
+        return self._conduct(version, target.version, Policy(), req_func, timeout, None)
+
+    def _watched(
+        self,
+        result: Report,
+        probe: Probe,
+        req_func: Request | Sequence[Request],
+        timeout: timedelta,
+    ) -> Report:
+        """What was published, or, if the probe says no, how it was taken back."""
+        verdict = watch(probe) if self.rank == 0 else None
+        gathered = self._rendezvous.gather(
+            "probe", msgspec.msgpack.encode(verdict), probe.window_seconds + MEET_SECONDS
+        )
+        verdict = decode(gathered[0], RemoteError | None)
+        if verdict is None:
+            return result
+        try:
+            before = self._target(None)
+            back = self._return_to(before, req_func, timeout)
+        except UsageError as error:
+            return _kept_in_spite_of(result, verdict, str(error))
+        if back.outcome != "published":
+            return _kept_in_spite_of(result, verdict, str(back.reason))
+        return msgspec.structs.replace(
+            result, outcome="rolled_back", replicas=back.replicas, reason=verdict
+        )
+
+    def _ended(self, result: Report, file: str | os.PathLike[str] | None) -> Report:
+        if file is not None and self.rank == 0:
+            Path(file).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        if result.outcome != "published" or (result.reason and result.reason.where == "probe"):
+            raise UpdateFailed(_explain(result), result)
+        return result
+
     def _conduct(
         self,
         version: Version,
+        label: str,
         policy: Policy,
-        requests: Sequence[Request],
+        req_func: Request | Sequence[Request],
         timeout: timedelta,
-        weight_version: str | None,
-        *,
-        open_ended: bool,
+        base: str | None,
     ) -> Report:
         # The last update's keys may still be read by a slow rank; those before it, by nobody.
         while len(self._scopes) > 1:
             self._scopes.pop(0).clear()
         self._num_updates += 1
         conductor = Conductor(
-            label=weight_version or self._name or "",
+            label=label,
             version=version,
             rendezvous=self._rendezvous,
             store=self._store,
@@ -310,11 +398,16 @@ class ParameterServer:
             timeout_seconds=timeout.total_seconds(),
             registry=self._open_registry,
             parent=self._published,
+            base=base,
         )
+        requests = [req_func] if callable(req_func) else list(req_func)
         try:
-            return conductor.run(self._num_updates, requests, open_ended=open_ended)
+            result = conductor.run(self._num_updates, requests, open_ended=callable(req_func))
         finally:
             self._scopes.append(conductor.scope)
+        if result.outcome == "published":
+            self._published = result.digest
+        return result
 
     @contextmanager
     def _leased(self, checkpoint_name: str) -> Iterator[None]:
@@ -358,6 +451,11 @@ class ParameterServer:
         return self._registry
 
 
+def _check_report_file(file: str | os.PathLike[str] | None) -> None:
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"{file}: the report's folder does not exist")
+
+
 def _budget_bytes() -> int | None:
     configured = os.environ.get("CKPT_ENGINE_MEMORY_BYTES")
     if configured is not None and not configured.isdigit():
@@ -372,6 +470,12 @@ def _host() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     folder = socket_dir().stat()
     return f"{boot}-{folder.st_dev}-{folder.st_ino}"
+
+
+def _kept_in_spite_of(result: Report, verdict: RemoteError, problem: str) -> Report:
+    """A probe said no, and there was no way back."""
+    message = f"{verdict.message}; the way back failed: {problem}"
+    return msgspec.structs.replace(result, reason=msgspec.structs.replace(verdict, message=message))
 
 
 def _explain(report: Report) -> str:

@@ -16,15 +16,16 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["Registry", "UpdateRecord", "state_dir"]
+__all__ = ["PublishedVersion", "Registry", "UpdateRecord", "state_dir"]
 
 BUSY_SECONDS = 30.0
+PRAGMAS = ("pragma journal_mode = wal", "pragma synchronous = full")
 SCHEMA = """
 create table if not exists updates (
     id text primary key,
@@ -39,6 +40,12 @@ create table if not exists updates (
     report blob
 )
 """
+UNFINISHED = """
+create index if not exists unfinished on updates (epoch) where finished_at is null
+"""
+
+
+Struct = TypeVar("Struct", bound=msgspec.Struct)
 
 
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +63,19 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     published_at: float | None
     finished_at: float | None
     outcome: str | None
+
+
+class PublishedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that the fleet was brought to, as it was last published.
+
+    `num_bytes` is None if nobody lived to write the report.
+    """
+
+    version: str
+    digest: str
+    epoch: int
+    published_at: float
+    num_bytes: int | None
 
 
 def state_dir() -> Path:
@@ -104,7 +124,12 @@ class Registry:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"{path}: not usable as a registry: {error}") from error
         try:
-            for statement in ("pragma journal_mode = wal", "pragma synchronous = full", SCHEMA):
+            for statement in (
+                "pragma journal_mode = wal",
+                "pragma synchronous = full",
+                SCHEMA,
+                UNFINISHED,
+            ):
                 self._rows(statement)
         except UsageError:
             self._connection.close()
@@ -174,6 +199,17 @@ class Registry:
         found = self._records("where published_at is not null order by epoch desc limit ?", 1)
         return found[0] if found else None
 
+    def versions(self, limit: int = 100) -> list[PublishedVersion]:
+        """The versions published last, each once; the first is what the fleet serves."""
+        rows = self._rows(
+            "select version, digest, epoch, published_at, json_extract(report, '$.bytes') "
+            "from updates where epoch in (select max(epoch) from updates "
+            "where published_at is not null group by version, digest "
+            "order by max(epoch) desc limit ?) order by epoch desc",
+            limit,
+        )
+        return self._structs(PublishedVersion, rows)
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:
@@ -182,11 +218,14 @@ class Registry:
     def _records(self, where: str, *parameters: object) -> list[UpdateRecord]:
         fields = UpdateRecord.__struct_fields__
         query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
-        rows = self._rows(query, *parameters)
-        named = [dict(zip(fields, row, strict=True)) for row in rows]
+        return self._structs(UpdateRecord, self._rows(query, *parameters))
+
+    def _structs(self, kind: type[Struct], rows: list[tuple[Any, ...]]) -> list[Struct]:
+        """SQLite's columns hold values of any type, whatever was declared."""
+        named = [dict(zip(kind.__struct_fields__, row, strict=True)) for row in rows]
         try:
-            return msgspec.convert(named, list[UpdateRecord])
-        except msgspec.ValidationError as error:  # SQLite's columns hold values of any type
+            return msgspec.convert(named, list[kind])  # type: ignore[valid-type]
+        except msgspec.ValidationError as error:
             raise UsageError(f"{self._path}: not usable as a registry: {error}") from error
 
     def _change(self, update: str, statement: str, *parameters: object) -> None:

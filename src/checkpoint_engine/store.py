@@ -32,9 +32,10 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint_engine.codec.digest import PIECE_BYTES, byte_workers, digest_pieces
+from checkpoint_engine.codec.digest import PIECE_BYTES, digest_pieces
 from checkpoint_engine.errors import StoreError
 from checkpoint_engine.manifest import Chunk, Manifest, TensorMeta, align, cut_chunks
+from checkpoint_engine.memory import MADV_POPULATE_WRITE, Pace, byte_workers, fault_in
 from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 from checkpoint_engine.plan.layout import lay_out
 from checkpoint_engine.sources.base import Source
@@ -44,7 +45,6 @@ __all__ = ["Segment", "Shard", "Store"]
 # Not in `fcntl` and `mmap` before Python 3.13; the values are the kernel's.
 F_ADD_SEALS = 1033
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
-MADV_POPULATE_WRITE = 23
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -312,6 +312,7 @@ class Store:
 
 def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -> Manifest:
     """Read every chunk into its place and digest it while it is in the cache."""
+    pace = Pace.of_environment()
     starts = {tensor.offset: tensor for tensor in reversed(tensors) if tensor.length}
     digests: dict[int, list[bytes]] = {offset: [] for offset in starts}
     origins = {starts[offset].name: offset for offset in starts}
@@ -322,11 +323,12 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -
     def read_pieces(chunk: Chunk) -> Iterator[memoryview]:
         for start in range(chunk.offset, chunk.end, PIECE_BYTES):
             piece = memory[start : min(start + PIECE_BYTES, chunk.end)]
+            pace.take(len(piece))
             source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
             yield piece
 
     buckets = plan_buckets(cut_chunks(tensors), bucket_bytes=8 << 20)
-    with byte_workers() as pool:
+    with byte_workers(idle=True) as pool:
         for name, digest in _flatten(pool, read, buckets):
             digests[origins[name]].append(digest)
     return Manifest.of(
@@ -353,7 +355,8 @@ def _flatten(
 def _fault_in(memory: mmap.mmap) -> None:
     """Touch every page now, so that no copy pays for it later and shortage shows here."""
     try:
-        memory.madvise(MADV_POPULATE_WRITE)
+        with byte_workers(idle=True) as pool:
+            fault_in(memory, MADV_POPULATE_WRITE, pool)
     except OSError as error:
         if error.errno != 22:  # EINVAL: Linux before 5.14
             raise

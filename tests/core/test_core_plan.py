@@ -26,7 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_engine.codec.digest import (
-    byte_workers,
     chunk_digest,
     chunk_digests,
     first_mismatch,
@@ -34,6 +33,7 @@ from checkpoint_engine.codec.digest import (
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.manifest import Manifest, decode_manifest
 from checkpoint_engine.manifest import cut_chunks as chunks_of
+from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.plan.buckets import plan_buckets
 from checkpoint_engine.plan.layout import TensorSpec, lay_out, share
 from checkpoint_engine.plan.merge import Run, merge

@@ -38,12 +38,13 @@ def test_memory_is_given_back_when_the_replica_has_moved_on(
     assert num_maps(engine.pid) == there + 1
     server.unregister_checkpoint("step-1")
     assert num_maps(os.getpid()) == here + 1, "the engine still needs it as its way back"
-    update(server, engine, 2, pooled=False)
-    server.unregister_checkpoint("step-2")
-    wait_until(lambda: num_maps(os.getpid()) == here + 1, "step-1 given back")
-    assert num_maps(engine.pid) == there + 1
+    for seed in (2, 3, 4):
+        update(server, engine, seed, pooled=False)
+        server.unregister_checkpoint(f"step-{seed}")
+    wait_until(lambda: num_maps(os.getpid()) == here + 2, "steps 1 and 2 given back")
+    assert num_maps(engine.pid) == there + 2, "what it serves, and the version before"
     engine.call("reset")
-    wait_until(lambda: num_maps(os.getpid()) == here, "step-2 given back")
+    wait_until(lambda: num_maps(os.getpid()) == here, "steps 3 and 4 given back")
     assert num_maps(engine.pid) == there
 
 

@@ -16,8 +16,6 @@ from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
-pytestmark = pytest.mark.slow
-
 Replicas = tuple[ReplicaProcess, ReplicaProcess]
 Engines = tuple[EngineProcess, EngineProcess]
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from toy_adapter import Memory, source_of
-from update_models import Odd, bytes_of, flip, fresh
+from update_models import LARGE, Odd, bytes_of, flip, fresh
 
 from checkpoint_engine.adapters.live import LiveModel, check_written, write
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import AdapterError, VerificationError
+from checkpoint_engine.memory import byte_workers
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -230,3 +230,27 @@ def test_a_snapshot_is_not_changed_by_what_follows(pool: Executor) -> None:
     copies = {copy.name: copy.source.clone() for copy in snapshot.copies}
     bring(model, fresh(seed=2), pool)
     assert all(torch.equal(copy.source, copies[copy.name]) for copy in snapshot.copies)
+
+
+# Step by step, while requests go on
+
+
+def test_a_step_is_a_chunk_and_every_bit_is_looked_at() -> None:
+    model = Odd(seed=1)
+    live = LiveModel(model)
+    recorded = live.digests()
+    assert list(live.differing(recorded.__getitem__)) == [None] * (live.num_chunks - 1)
+    assert sum(1 for _ in live.digesting(live.names)) == live.num_chunks - 1, "empty has none"
+    for name, index in [("embedding", 0), ("large", 7), ("large", 4 * LARGE - 1), ("mean", 27)]:
+        flip(live_tensor := model.state_dict()[name], index)
+        found = [name for name in live.differing(recorded.__getitem__) if name]
+        assert found == (["head"] if name == "embedding" else [name]), "tied ones once"
+        flip(live_tensor, index)
+    with torch.no_grad():
+        model.transposed[4, 2] += 1
+    assert "transposed" in live.differing(recorded.__getitem__)
+
+
+def test_tied_names_know_each_other() -> None:
+    tied = LiveModel(Odd(seed=1)).tied()
+    assert (tied["embedding"], tied["head"], tied["large"]) == (("head",), ("embedding",), ())

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
-from update_models import make_qwen3
+from transformers import PreTrainedModel
+from update_models import flip, make_qwen3, running_replica, wait_until
 
-from checkpoint_engine.adapters.transformers import TransformersAdapter
+from checkpoint_engine.adapters import live
 from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.replica.replica import Replica
 from checkpoint_engine.replica.sequence import GenerationRequest
@@ -21,12 +19,14 @@ WAIT_SECONDS = 30.0
 
 
 @pytest.fixture
-def replica() -> Iterator[Replica]:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
-    replica = Replica(make_qwen3(seed=1), tokenizer, name="r", label="initial")
-    replica.engine.start()
-    yield replica
-    replica.engine.stop(WAIT_SECONDS)
+def model() -> PreTrainedModel:
+    return make_qwen3(seed=1)
+
+
+@pytest.fixture
+def replica(model: PreTrainedModel) -> Iterator[Replica]:
+    with running_replica(model) as replica:
+        yield replica
 
 
 def num_tokens(replica: Replica) -> int:
@@ -36,26 +36,33 @@ def num_tokens(replica: Replica) -> int:
 
 
 class Digesting:
-    """Somebody asks for the digests, and it takes a while."""
+    """Somebody asks for the digests, and the second chunk takes a while."""
 
     def __init__(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: list[dict[str, Any]] = []
         self._begun, self._may_end = threading.Event(), threading.Event()
-        recompute = TransformersAdapter.recompute
+        chunk_digests = live.chunk_digests
+        num_chunks = iter(range(1_000_000))
 
-        def slowly(adapter: TransformersAdapter) -> Any:
-            self._begun.set()
-            assert self._may_end.wait(WAIT_SECONDS)
-            return recompute(adapter)
+        def slowly(chunk: memoryview) -> bytes:
+            if next(num_chunks) == 1:
+                self._begun.set()
+                assert self._may_end.wait(WAIT_SECONDS)
+            return chunk_digests(chunk)
 
-        monkeypatch.setattr(TransformersAdapter, "recompute", slowly)
-        self._thread = threading.Thread(target=replica.info)
+        monkeypatch.setattr(live, "chunk_digests", slowly)
+        self._thread = threading.Thread(target=lambda: self.answers.append(replica.info()))
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Digesting:
         self._thread.start()
         assert self._begun.wait(WAIT_SECONDS)
+        return self
+
+    def end_chunk(self) -> None:
+        self._may_end.set()
 
     def __exit__(self, *_: object) -> None:
-        self._may_end.set()
+        self.end_chunk()
         self._thread.join(WAIT_SECONDS)
         assert not self._thread.is_alive()
 
@@ -71,7 +78,7 @@ def test_an_operator_who_resumes_while_weights_are_digested_is_heard(
     assert num_tokens(replica) == 3
 
 
-def test_weights_that_are_being_digested_cannot_be_held_and_nothing_is_lost(
+def test_a_chunk_that_is_being_digested_cannot_be_held_and_nothing_is_lost(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Digesting(replica, monkeypatch), pytest.raises(DeadlineExceeded, match="digested"):
@@ -80,6 +87,24 @@ def test_weights_that_are_being_digested_cannot_be_held_and_nothing_is_lost(
     replica.hold(timeout_seconds=WAIT_SECONDS)
     replica.release()
     assert num_tokens(replica) == 3
+
+
+def test_a_pause_waits_for_one_chunk_and_digests_are_of_one_version(
+    replica: Replica, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was digested before the pause is forgotten: the weights changed in it."""
+    with Digesting(replica, monkeypatch) as digesting:
+        holding = threading.Thread(target=replica.hold, args=(WAIT_SECONDS,))
+        holding.start()
+        wait_until(lambda: not replica._calm.is_set())
+        digesting.end_chunk()
+        holding.join()
+        assert digesting.answers == [], "the pause waited for all of them"
+        for parameter in model.parameters():
+            flip(parameter)
+        replica.release()
+    (answer,) = digesting.answers
+    assert answer == replica.info()
 
 
 def test_an_operators_resume_does_not_end_an_updates_pause(replica: Replica) -> None:

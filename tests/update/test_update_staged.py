@@ -11,9 +11,9 @@ import torch
 from toy_adapter import Memory
 
 from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import ManifestError, VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES
+from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.plan.merge import merge
 from checkpoint_engine.transport.handover import Part
 

@@ -96,6 +96,9 @@ class ToyAdapter:
     def base(self) -> str | None:
         return self.label
 
+    def recall(self, digest: str) -> Staged | None:
+        return None
+
     def prepare(self, staged: Staged, version: Version) -> str:
         self.staged, self._version = staged, version
         self._call("prepare")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from checkpoint_engine.adapters.base import Served
+from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.manifest import CHUNK_BYTES, Version
+from checkpoint_engine.replica.replica import Replica
 
+WAIT_SECONDS = 30.0
 LARGE = CHUNK_BYTES // 4 + 1000  # elements of float32: two chunks, the second a short one
 
 
@@ -73,6 +82,42 @@ def flip(tensor: torch.Tensor, index: int = 0) -> None:
     """Change one bit of a live tensor."""
     with torch.no_grad():
         tensor.detach().view(-1).view(torch.uint8)[index] ^= 1
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+
+
+def save_folder(model: PreTrainedModel, folder: Path) -> None:
+    """What `ckpt-engine replica --model` takes."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+@contextmanager
+def running_replica(model: PreTrainedModel, label: str = "initial") -> Iterator[Replica]:
+    """A real replica of this model, whose engine generates."""
+    replica = Replica(model, make_tokenizer(), name="r", label=label)
+    replica.engine.start()
+    yield replica
+    replica.engine.stop(WAIT_SECONDS)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.002)
+
+
+def recompute(adapter: TransformersAdapter) -> Served:
+    """What is live now; nobody else changes it meanwhile."""
+    steps = adapter.recompute()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass

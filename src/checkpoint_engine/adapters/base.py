@@ -58,12 +58,16 @@ class Adapter(Protocol):
         """Digest of the version being served, None if the engine does not know."""
         ...
 
+    def recall(self, digest: str) -> Staged | None:
+        """The version of this digest, if it was served before and its memory is still kept here."""
+        ...
+
     def prepare(self, staged: Staged, version: Version) -> str:
         """While serving: verify, check that everything fits, and secure the way back.
 
         Returns "staged", "snapshot" or "none": how `roll_back` would work. Owns `staged` from
-        here on, even when it raises: releases it in `abort` or `roll_back`, or keeps it as the
-        next way back.
+        here on, even when it raises: releases it in `abort` or `roll_back` unless it was recalled,
+        or keeps it as the next way back.
         """
         ...
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from checkpoint_engine.adapters.base import Identity, Served
 from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.memory import byte_workers
 
 __all__ = ["CallbackAdapter", "Kept", "Run"]
 
@@ -33,6 +33,7 @@ class Kept:
     """What is remembered of a loader from one update to the next."""
 
     served: Staged | None = None
+    previous: Staged | None = None
     epoch: int = 0
     undecided: str | None = None
 
@@ -57,27 +58,34 @@ class CallbackAdapter:
         self.identity = _identity()
         self.epoch, self.undecided = kept.epoch, kept.undecided
         self._run, self._post_hook, self._device = run, post_hook, device
-        self._served = kept.served
+        self._served, self._previous = kept.served, kept.previous
         self._incoming: Staged | None = None
 
     def keep(self) -> Kept:
         """What the next update's adapter needs to know."""
-        return Kept(self._served, self.epoch, self.undecided)
+        return Kept(self._served, self._previous, self.epoch, self.undecided)
 
     def base(self) -> str | None:
         """Digest of what this loader was given last."""
         return self._served.manifest.digest if self._served else None
 
+    def recall(self, digest: str) -> Staged | None:
+        """What the loader was given before the last, as it was staged."""
+        if self._previous is None or self._previous.manifest.digest != digest:
+            return None
+        self._previous.discard_writes()
+        return self._previous
+
     def prepare(self, staged: Staged, version: Version) -> str:
         """Verify the staged bytes; names and shapes are the loader's to check."""
         self._incoming = staged
-        with byte_workers() as pool:
+        with byte_workers(idle=True) as pool:
             staged.verify(pool)
         return "staged" if self._served else "none"
 
     def abort(self) -> None:
         """Release the staged version."""
-        if self._incoming is not None:
+        if self._incoming is not None and self._incoming is not self._previous:
             self._incoming.release()
         self._incoming = None
 
@@ -94,10 +102,11 @@ class CallbackAdapter:
         return Served(digest=None, served_digest=None)
 
     def publish(self) -> None:
-        """Keep the new version as the next way back; the engine's label is its own."""
-        if self._served is not None:
-            self._served.release()
-        self._served, self._incoming = self._incoming, None
+        """Keep the new version and the one before; the label is the engine's own."""
+        before, self._previous, self._served = self._previous, self._served, self._incoming
+        self._incoming = None
+        if before is not None and before is not self._served:
+            before.release()
 
     def roll_back(self) -> None:
         """Load the version before again, as it was staged, whatever the loader has written into it.

@@ -8,12 +8,13 @@ costs a fraction of a second pass. Everything that is not a copy or a digest is 
     live = LiveModel(model)
     plan = live.bind(manifest, staged.tensor)        # refuses what does not fit
     written = write(plan, pool)                      # digests of what is now live
+    names = live.differing(written.__getitem__)      # later: is it still?
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -24,7 +25,13 @@ import torch
 from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digests, digest_pieces
 from checkpoint_engine.dtypes import dtype_name, torch_shape
 from checkpoint_engine.errors import AdapterError, VerificationError
-from checkpoint_engine.manifest import CHUNK_BYTES, Manifest, TensorMeta, version_digest
+from checkpoint_engine.manifest import (
+    CHUNK_BYTES,
+    Manifest,
+    TensorMeta,
+    num_chunks,
+    version_digest,
+)
 
 __all__ = ["Copy", "LiveModel", "Plan", "Storage", "check_written", "write"]
 
@@ -133,30 +140,87 @@ class LiveModel:
 
     def snapshot(self) -> Plan:
         """Private copies of every live tensor: a way back that needs nobody else."""
-        unique = {_storage(name, tensor): (name, tensor) for name, tensor in self._tensors.items()}
         return Plan.of(
-            Copy(name, tensor.clone(), tensor, _digests(tensor)) for name, tensor in unique.values()
+            Copy(name, tensor.clone(), tensor, _digests(tensor))
+            for name, tensor in self._unique().values()
         )
 
-    def digest(self, names: Iterable[str] | None = None) -> str:
-        """The version digest of the live tensors under these names (default all), recomputed."""
-        wanted = self._tensors.keys() if names is None else names
-        seen: dict[Storage, bytes] = {}
-        metas = []
-        for name in wanted:
-            tensor = self._tensors[name]
-            key = _storage(name, tensor)
-            if key not in seen:
-                seen[key] = _digests(tensor)
-            metas.append(_live_meta(name, tensor, seen[key]))
-        return version_digest(metas)
+    @property
+    def not_persistent(self) -> frozenset[str]:
+        """Buffers of the model that are no part of a version."""
+        return frozenset(self._not_persistent)
+
+    @property
+    def num_chunks(self) -> int:
+        """Steps of a pass over every live tensor."""
+        return sum(max(1, num_chunks(tensor.nbytes)) for _, tensor in self._unique().values())
+
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Every name, with the other names of its tensor."""
+        groups: dict[Storage, list[str]] = {}
+        for name, tensor in sorted(self._tensors.items()):
+            groups.setdefault(_storage(name, tensor), []).append(name)
+        return {
+            name: tuple(other for other in names if other != name)
+            for names in groups.values()
+            for name in names
+        }
+
+    def metas(self, digests: Mapping[Storage, bytes]) -> list[TensorMeta]:
+        """Every name of the state dict with what is known of its tensor; offsets are 0."""
+        return [
+            _live_meta(name, tensor, digests.get(_storage(name, tensor), b""))
+            for name, tensor in sorted(self._tensors.items())
+        ]
+
+    def digesting(self, names: Iterable[str]) -> Generator[None, None, dict[Storage, bytes]]:
+        """Chunk digests of the live tensors under these names, recomputed, one in each step.
+
+        Weights must not change in a step. If they change between two, what is returned is of no
+        version. A tensor that is not contiguous is one step.
+        """
+        found: dict[Storage, bytes] = {}
+        for name in names:
+            key = _storage(name, self._tensors[name])
+            if key not in found:
+                digests = []
+                for digest in _chunk_digests(self._tensors[name]):
+                    digests.append(digest)
+                    yield
+                found[key] = b"".join(digests)
+        return found
+
+    def differing(self, recorded: Callable[[Storage], bytes]) -> Iterator[str | None]:
+        """Compare every live tensor with its recorded chunk digests, one chunk in each step.
+
+        Yields the tensor's name if the chunk differs, else None. Weights and their record may
+        change between two steps, together.
+        """
+        for key, (name, tensor) in self._unique().items():
+            at = 0
+            for digest in _chunk_digests(tensor):
+                expected = recorded(key)[at : at + len(digest)]
+                yield None if digest == expected else name
+                at += len(digest)
+
+    def digests(self) -> dict[Storage, bytes]:
+        """Chunk digests of every live tensor, recomputed."""
+        return {key: _digests(tensor) for key, (_, tensor) in self._unique().items()}
+
+    def digest(self) -> str:
+        """The version digest of the live tensors under all names, recomputed."""
+        return self.digest_of(self.digests(), self.names)
 
     def digest_of(self, written: Mapping[Storage, bytes], names: Iterable[str]) -> str:
-        """The version digest under these names, from chunk digests that `write` has taken."""
+        """The version digest under these names, from chunk digests such as `write` returns."""
         return version_digest(
             _live_meta(name, self._tensors[name], written[_storage(name, self._tensors[name])])
             for name in names
         )
+
+    def _unique(self) -> dict[Storage, tuple[str, torch.Tensor]]:
+        """Every live tensor once, under one of its names."""
+        return {_storage(name, tensor): (name, tensor) for name, tensor in self._tensors.items()}
 
     def _check_names(self, metas: Mapping[str, TensorMeta]) -> None:
         unknown = sorted(set(metas) - set(self._tensors))
@@ -273,6 +337,16 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _digests(tensor: torch.Tensor) -> bytes:
     return chunk_digests(_bytes(tensor.contiguous()).numpy().data)
+
+
+def _chunk_digests(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The digest of each chunk, taken when it is asked for; without chunks to see, all at once."""
+    if not tensor.is_contiguous():
+        yield _digests(tensor)
+        return
+    data = _bytes(tensor).numpy().data
+    for at in range(0, len(data), CHUNK_BYTES):
+        yield chunk_digests(data[at : at + CHUNK_BYTES])
 
 
 def _live_meta(name: str, tensor: torch.Tensor, digests: bytes) -> TensorMeta:

@@ -21,6 +21,7 @@ from checkpoint_engine.codec.digest import first_mismatch
 from checkpoint_engine.dtypes import torch_dtype, torch_shape
 from checkpoint_engine.errors import ManifestError, VerificationError
 from checkpoint_engine.manifest import Manifest, TensorMeta
+from checkpoint_engine.memory import Pace
 from checkpoint_engine.transport.handover import Attachment, Attachments, Part
 
 __all__ = ["Staged"]
@@ -91,7 +92,13 @@ class Staged:
         Raises:
             VerificationError: the bytes are not those of the manifest; names the first tensor.
         """
-        wrong = first_mismatch(self.manifest.chunks(), self.memory, pool)
+        pace = Pace.of_environment()
+
+        def paced(start: int, end: int) -> memoryview:
+            pace.take(end - start)
+            return self.memory(start, end)
+
+        wrong = first_mismatch(self.manifest.chunks(), paced, pool)
         if wrong is not None:
             raise VerificationError(
                 f"tensor {wrong.tensor!r}: its staged bytes are not those of the manifest; "

@@ -5,12 +5,15 @@ names, shapes and dtypes checked, casts computed, and the way back secured. The 
 version before, which is kept in its staged memory; before the first update it is a snapshot of the
 parameters. Requests wait only while bytes are copied and digested.
 
+After an update the version before stays, too: the fleet can return to it with no server left.
+
     adapter = TransformersAdapter(model, identity, serving)
     outcome = session.run(handle, adapter, attachments)
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -18,9 +21,9 @@ import torch
 from checkpoint_engine.adapters.base import Identity, Served
 from checkpoint_engine.adapters.live import LiveModel, Plan, Storage, check_written, write
 from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.memory import byte_workers
 
 __all__ = ["Serving", "TransformersAdapter"]
 
@@ -63,8 +66,10 @@ class TransformersAdapter:
         self._live = LiveModel(model)
         self._serving = serving
         self._names = self._live.names
-        self._served = Served(digest=self._live.digest(), served_digest=self._live.digest())
+        self._recorded = self._live.digests()
+        self._served = self._describe(self._recorded, self._names)
         self._staged: Staged | None = None
+        self._previous: Staged | None = None
         self._incoming: Staged | None = None
         self._version: Version | None = None
         self._plan = self._back = Plan()
@@ -72,13 +77,36 @@ class TransformersAdapter:
         self._next: Served | None = None
         self._torn = False
 
-    def recompute(self) -> Served:
-        """Digest the live parameters now. Weights must not change meanwhile."""
-        return Served(digest=self._live.digest(self._names), served_digest=self._live.digest())
+    def recompute(self) -> Generator[None, None, Served]:
+        """Digest the live parameters, one chunk in each step, as `LiveModel.digesting` does."""
+        digests = yield from self._live.digesting(self._live.names)
+        return self._describe(digests, self._names)
+
+    def scrub(self) -> Iterator[str | None]:
+        """Compare what is live with what was written for ever; see `LiveModel.differing`."""
+        while True:
+            yield from self._live.differing(lambda storage: self._recorded[storage])
+            yield None
+
+    def disown(self) -> None:
+        """The live parameters are of no version, until an update has been published.
+
+        Unlike `tear` it leaves an update alone that is being prepared, which may mend them.
+        """
+        self._torn = True
 
     def base(self) -> str | None:
         """Digest of what is served, as it was last computed; None if that is no version."""
         return None if self._torn else self._served.digest
+
+    def recall(self, digest: str) -> Staged | None:
+        """The version before the one that is served, if it is that one."""
+        return self._previous if digest in self.kept else None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Digests of the versions that this replica can return to by itself."""
+        return (self._previous.manifest.digest,) if self._previous else ()
 
     def prepare(self, staged: Staged, version: Version) -> str:
         """See the module's text.
@@ -89,7 +117,7 @@ class TransformersAdapter:
         """
         self._incoming, self._version = staged, version
         self._serving.accept(version)
-        with byte_workers() as pool:
+        with byte_workers(idle=True) as pool:
             staged.verify(pool)
         self._plan = self._live.bind(staged.manifest, staged.tensor)
         if self._staged is not None:
@@ -102,7 +130,7 @@ class TransformersAdapter:
         self._plan, self._written = Plan(), {}
         if self._staged is None:
             self._back = Plan()
-        if self._incoming is not None:
+        if self._incoming is not None and self._incoming is not self._previous:
             self._incoming.release()
         self._incoming = self._version = self._next = None
 
@@ -120,23 +148,21 @@ class TransformersAdapter:
         assert self._incoming is not None, "prepare comes before check"
         check_written(self._plan, self._written)
         names = self._live.names & {meta.name for meta in self._incoming.manifest.tensors}
-        served = self._live.digest_of(self._written, self._live.names)
-        same = names == self._live.names
-        digest = served if same else self._live.digest_of(self._written, names)
-        self._next = Served(digest=digest, served_digest=served)
+        self._next = self._describe(self._written, names)
         return self._next
 
     def publish(self) -> None:
-        """Label, caches; the version before is no longer needed."""
+        """Label, caches; the version before stays, the one before that is no longer needed."""
         assert self._next is not None, "check comes before publish"
         assert self._incoming is not None, "prepare comes before publish"
         assert self._version is not None, "prepare comes before publish"
         self._served, self._next = self._next, None
         self._names = self._live.names & {m.name for m in self._incoming.manifest.tensors}
-        before, self._staged, self._incoming = self._staged, self._incoming, None
-        self._torn = False
-        self._back, self._plan, self._written = self._plan, Plan(), {}
-        if before is not None:
+        before, self._previous, self._staged = self._previous, self._staged, self._incoming
+        self._incoming, self._torn = None, False
+        self._back, self._plan = self._plan, Plan()
+        self._recorded, self._written = self._written, {}
+        if before is not None and before is not self._staged:
             before.release()
         self._serving.publish(self._version, self._served)
 
@@ -167,3 +193,9 @@ class TransformersAdapter:
         self._torn = True
         self.abort()
         self._serving.tear(reason)
+
+    def _describe(self, digests: Mapping[Storage, bytes], names: frozenset[str]) -> Served:
+        served = self._live.digest_of(digests, self._live.names)
+        same = names == self._live.names
+        digest = served if same else self._live.digest_of(digests, names)
+        return Served(digest=digest, served_digest=served)

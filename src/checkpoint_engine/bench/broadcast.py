@@ -108,7 +108,7 @@ class _Rank:
             world_size=NUM_HOSTS,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
         )
-        flat = torch.ones(self._version.manifest.num_bytes, dtype=torch.uint8)
+        flat = torch.ones(self._version.num_bytes, dtype=torch.uint8)
         self._buckets = torch.split(flat, DEFAULT_BUCKET_BYTES)
 
     def measure(self, job: _Job) -> Samples:

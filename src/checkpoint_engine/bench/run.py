@@ -16,6 +16,7 @@ from statistics import median
 import msgspec
 
 from checkpoint_engine.bench.broadcast import measure_broadcast
+from checkpoint_engine.bench.load import measure_load
 from checkpoint_engine.bench.machine import Machine, Others
 from checkpoint_engine.bench.measure import Ratio, Row, Samples, Tell, needed, run_rounds
 from checkpoint_engine.bench.updates import Updates
@@ -28,11 +29,13 @@ UPDATES = (
     Ratio("apply", "apply", "copy", 1.15),
     Ratio("pause", "pause", "copy", 1.6),
     Ratio("update", "update", "copy", 2.3),
+    Ratio("rollback", "rollback", "pause", 1.2),
     Ratio("register", "register", "copy", 1.8),
     Ratio("files", "files", "update", 4.0, at_least=True),
     Ratio("trainer", "files", "register and update", 2.0, at_least=True),
     Ratio("copy-control", "copy again", "copy"),
 )
+LOAD = ("p50-updates", "p99-updates", "tokens", "p50-staging", "p99-staging", "p99-uncapped")
 BROADCASTS = (
     Ratio("broadcast", "broadcast", "bare", 1.2),
     Ratio("broadcast-control", "bare again", "bare"),
@@ -88,6 +91,10 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
         measured = measure_broadcast(num_bytes, rounds=rounds, warmups=BROADCAST_WARMUPS, tell=tell)
         rows += [ratio.row(measured, num_bytes) for ratio in broadcasts]
         samples |= measured
+    if not only or set(LOAD) & set(only):
+        measured_rows, measured = _measure_load(rounds, tell)
+        rows += [row for row in measured_rows if not only or row.name in only]
+        samples |= measured
     return BenchResult(
         machine=machine,
         size=size,
@@ -114,10 +121,16 @@ def _measure_updates(
             return samples, updates.num_bytes
 
 
+def _measure_load(rounds: int, tell: Tell) -> tuple[list[Row], Samples]:
+    """With the small size: a replica must answer a request in less time than an update takes."""
+    with tempfile.TemporaryDirectory(prefix="ckpt-engine-bench-", dir=TMPFS) as folder:
+        return measure_load(SIZES["small"], Path(folder), rounds=rounds, tell=tell)
+
+
 def _check(size: str, only: Collection[str]) -> None:
     if size not in SIZES:
         raise UsageError(f"--size is {' or '.join(SIZES)}, not {size!r}")
-    known = [ratio.name for ratio in (*UPDATES, *BROADCASTS)]
+    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS)), *LOAD]
     unknown = sorted(set(only) - set(known))
     if unknown:
         raise UsageError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(known)}")

@@ -25,8 +25,8 @@ from checkpoint_engine.bench.measure import Operation, Stopwatch
 from checkpoint_engine.bench.replica import replica_process
 from checkpoint_engine.bench.weights import Size, make_model, parameters, save_folder
 from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.codec.digest import byte_workers
 from checkpoint_engine.errors import VerificationError
+from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.sources import TensorSource
 from checkpoint_engine.store import Store
@@ -51,6 +51,7 @@ class Updates:
     def __init__(self, size: Size, folder: Path) -> None:
         self._size, self._folder = size, folder
         self._stack = ExitStack()
+        self._may_return = False  # once a version was published
 
     def __enter__(self) -> Updates:
         with ExitStack() as stack:
@@ -83,7 +84,7 @@ class Updates:
             Operation(frozenset({"copy"}), lambda: self._copy("copy")),
             Operation(frozenset({"apply"}), self._apply),
             Operation(frozenset({"files"}), self._through_files),
-            Operation(frozenset({"register", "update", "pause"}), self._update),
+            Operation(frozenset({"register", "update", "pause", "rollback"}), self._update),
             Operation(frozenset({"register and update"}), self._update_from_tensors),
             Operation(frozenset({"copy again"}), lambda: self._copy("copy again")),
         ]
@@ -127,13 +128,19 @@ class Updates:
             report = self._server.update(label, self._requests)
         _check(report)
         assert report.pause_seconds is not None, "a published update had a pause"
+        pauses = {"pause": report.pause_seconds}
+        if self._may_return:
+            back = self._server.rollback(self._requests)
+            _check(back)
+            pauses["rollback"] = back.pause_seconds or 0.0
+        self._may_return = True
         stages = {f"update/{stage}": report.seconds.get(stage, 0.0) for stage in STAGES}
         rest = watch.seconds["update"] - sum(stages.values())
         return {
             **watch.seconds,
             **stages,
             "update/votes and calls": rest,
-            "pause": report.pause_seconds,
+            **pauses,
         }
 
     def _update_from_tensors(self) -> Mapping[str, float]:

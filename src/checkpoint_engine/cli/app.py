@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from checkpoint_engine.cli import bench, demo, doctor, replica, status, update
+from checkpoint_engine.cli import (
+    bench,
+    demo,
+    diff,
+    doctor,
+    history,
+    replica,
+    status,
+    update,
+    verify,
+)
 from checkpoint_engine.cli.console import exit_on_error, out
 
 __all__ = ["app", "main"]
@@ -21,12 +31,14 @@ __all__ = ["app", "main"]
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo.demo,
     replica.replica,
-    demo.demo,
-    replica.replica,
     update.update,
-    bench.bench,
+    history.versions,
+    history.rollback,
     status.status,
+    verify.verify,
+    diff.diff,
     doctor.doctor,
+    bench.bench,
 )
 
 EXIT_CODES = """\

@@ -105,14 +105,14 @@ def _markdown(result: BenchResult) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     """What `COLUMNS` are."""
     limit = "" if row.limit is None else f"{'≥' if row.at_least else '≤'} {row.limit:g}"
-    rates = (row.num_bytes / seconds / 1e9 for seconds in (row.seconds, row.base_seconds))
+    rates = [row.num_bytes / seconds / 1e9 for seconds in (row.seconds, row.base_seconds)]
     return (
         f"{row.ours} / {row.base}",
         f"{row.ratio:.2f}",
         limit,
         f"{row.lowest:.2f}-{row.highest:.2f}",
         f"{row.seconds:.3f} / {row.base_seconds:.3f}",
-        " / ".join(f"{rate:.1f}" for rate in rates),
+        " / ".join(f"{rate:.1f}" for rate in rates if rate),
     )
 
 

@@ -41,6 +41,7 @@ from checkpoint_engine.errors import (
 )
 
 __all__ = [
+    "EXIT_DISAGREE",
     "err",
     "exit_code",
     "exit_on_error",
@@ -55,6 +56,7 @@ __all__ = [
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+EXIT_DISAGREE = 5  # replicas serve different weights
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

@@ -24,6 +24,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps.")] = 10,
     replicas: Annotated[int, typer.Option(min=1, max=16, help="Replica processes.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the model, the text and the rollouts.")] = 0,
+    chaos: Annotated[
+        bool, typer.Option("--chaos", help="A replica refuses an update, another dies in one.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a timeline for Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -46,7 +49,9 @@ def demo(
         os.environ["CKPT_ENGINE_STATE_DIR"] = folder  # a demo is no part of the user's history
         view = _View(steps, quiet=as_json)
         with view:
-            result = run_demo(steps=steps, num_replicas=replicas, seed=seed, tell=view.show)
+            result = run_demo(
+                steps=steps, num_replicas=replicas, seed=seed, tell=view.show, chaos=chaos
+            )
     if report is not None:
         _write_report(report, result)
     if trace is not None:
@@ -108,6 +113,7 @@ def _line(event: StepDone) -> str:
         f"step {event.step:>2}  reward {event.reward:.2f} {'█' * round(20 * event.reward):<20}  "
         f"{report.version} {report.outcome}  {report.bytes / 1e6:.1f} MB  {rate:.2f} GB/s  "
         f"pause {1000 * (report.pause_seconds or 0.0):.1f} ms  [dim]{stages} ms[/dim]  {digests}"
+        f"  [bold yellow]{event.trouble}[/bold yellow]"
     )
 
 
@@ -120,6 +126,7 @@ def _conclude(result: DemoResult) -> None:
     out.print(
         f"reward {result.rewards[0]:.2f} → {result.rewards[-1]:.2f}; {result.num_requests} "
         f"requests answered meanwhile, {result.num_requests_failed} failed, "
+        f"{result.num_requests_cut_off} cut off by a death, "
         f"{result.num_requests_across_versions} went on across an update",
         soft_wrap=True,
     )

@@ -26,6 +26,9 @@ def replica(
         bool, typer.Option("--wait-for-initial-weights", help="Serve nothing before an update.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="What reports call it.")] = None,
+    scrub_seconds: Annotated[
+        float, typer.Option(min=0, help="Check live weights once in this time; 0: never.")
+    ] = 600.0,
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token; else $CKPT_ENGINE_TOKEN.")
     ] = None,
@@ -35,6 +38,7 @@ def replica(
 
     from checkpoint_engine.device_utils import device_uuid
     from checkpoint_engine.replica.replica import load_replica
+    from checkpoint_engine.replica.scrub import scrubbing
     from checkpoint_engine.replica.server import check_binding, create_app, serve
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -61,7 +65,8 @@ def replica(
     signal.signal(signal.SIGTERM, stop)
     served.engine.start()
     try:
-        serve(application, host, port, ready=announce)
+        with scrubbing(served, scrub_seconds):
+            serve(application, host, port, ready=announce)
     finally:
         served.engine.stop(STOP_SECONDS)
 

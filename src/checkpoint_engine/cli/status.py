@@ -9,16 +9,15 @@ healthy serve the same digest.
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 import typer
 from rich.text import Text
 
-from checkpoint_engine.cli.console import new_table, out, print_json, printable
+from checkpoint_engine.cli.console import EXIT_DISAGREE, new_table, out, print_json, printable
+from checkpoint_engine.cli.endpoints import checked_url, get
 from checkpoint_engine.errors import MALFORMED, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["EndpointStatus", "WeightInfo", "status"]
 
 EXIT_UNHEALTHY = 1
-EXIT_DISAGREE = 5
 
 HEALTH_STYLES = {"healthy": "green", "unhealthy": "red", "unreachable": "red"}
 
@@ -80,7 +78,7 @@ def status(
     Exits with 5 if healthy replicas serve different weights, else with 1 if an endpoint is not
     healthy.
     """
-    targets: list[tuple[str, Path | None]] = [(_checked_url(url), None) for url in endpoint or []]
+    targets: list[tuple[str, Path | None]] = [(checked_url(url), None) for url in endpoint or []]
     targets += [("http://localhost", path) for path in uds or []]
     if not targets:
         raise UsageError(
@@ -114,10 +112,10 @@ async def _ask(url: str, uds: Path | None, timeout_seconds: float) -> EndpointSt
     async with httpx.AsyncClient(
         transport=transport, trust_env=False, timeout=timeout_seconds
     ) as client:
-        health = await _get(client, f"{url}/health", timeout_seconds)
+        health = await get(client, f"{url}/health", timeout_seconds)
         if isinstance(health, str):
             return EndpointStatus(endpoint=name, health="unreachable", note=health)
-        info = await _get(client, f"{url}/weight_info", timeout_seconds)
+        info = await get(client, f"{url}/weight_info", timeout_seconds)
     notes = [] if health.is_success else [f"/health: HTTP {health.status_code}"]
     weights = None
     if isinstance(info, str):
@@ -134,29 +132,6 @@ async def _ask(url: str, uds: Path | None, timeout_seconds: float) -> EndpointSt
     )
 
 
-async def _get(client: httpx.AsyncClient, url: str, timeout_seconds: float) -> httpx.Response | str:
-    """The answer, or why there is none."""
-    import httpx
-
-    try:
-        return await asyncio.wait_for(client.get(url), timeout_seconds)
-    except (asyncio.TimeoutError, httpx.TimeoutException):
-        return f"no answer within {timeout_seconds:g} s"
-    except httpx.HTTPError as error:
-        return _reason(error)
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, which HTTP libraries wrap several times."""
-    reason = str(error) or type(error).__name__
-    cause = error.__cause__
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            reason = os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
-        cause = cause.__cause__ or cause.__context__
-    return reason
-
-
 def _decode(response: httpx.Response) -> WeightInfo | None:
     """The answer of a replica of ours; other engines have a /weight_info without a digest."""
     if not response.is_success:
@@ -165,17 +140,6 @@ def _decode(response: httpx.Response) -> WeightInfo | None:
         return msgspec.json.decode(response.content, type=WeightInfo)
     except MALFORMED:
         return None
-
-
-def _checked_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UsageError(f"--endpoint {url!r} is no URL such as http://127.0.0.1:8000")
-    return url.rstrip("/")
 
 
 def _show(statuses: list[EndpointStatus], agree: bool) -> None:

@@ -18,10 +18,10 @@ from checkpoint_engine.cli.console import new_table, out, print_json, printable,
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 
 if TYPE_CHECKING:
-    from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.update.probe import Probe
     from checkpoint_engine.update.protocol import Report
 
-__all__ = ["update"]
+__all__ = ["show_report", "update"]
 
 REACH_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -51,6 +51,16 @@ def update(
     require_rollback: Annotated[
         bool, typer.Option("--require-rollback", help="Refuse engines without a way back.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Digest that every engine must serve; else refuse.")
+    ] = None,
+    probe_url: Annotated[
+        str | None, typer.Option(help="Asked after publish; if it fails, go back.")
+    ] = None,
+    probe_seconds: Annotated[float, typer.Option(min=0, help="How long it is asked.")] = 10.0,
+    probe_threshold: Annotated[
+        int, typer.Option(min=0, help="Answers of 400 and above that are still well.")
+    ] = 0,
     sleep_time: Annotated[float, typer.Option(min=0, help="Seconds to stay afterwards.")] = 0.0,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -93,13 +103,16 @@ def update(
                 on_failure=on_failure,
                 min_replicas=min_replicas,
                 require_rollback=require_rollback,
+                base=base,
+                probe=_probe(probe_url, probe_seconds, probe_threshold),
                 report=report,
             )
-        _show(server, result, as_json=as_json)
+        if server.rank == 0:
+            show_report(result, as_json=as_json)
         time.sleep(sleep_time)
     except UpdateFailed as failure:
-        if as_json and failure.report is not None:
-            _show(server, failure.report, as_json=True)
+        if as_json and failure.report is not None and server.rank == 0:
+            show_report(failure.report, as_json=True)
         raise
     finally:
         server.close()
@@ -132,9 +145,16 @@ def _reach(endpoints: Sequence[str], uds: str | None) -> None:
             time.sleep(RETRY_SECONDS)
 
 
-def _show(server: ParameterServer, result: Report, *, as_json: bool) -> None:
-    if server.rank != 0:
-        return
+def _probe(url: str | None, seconds: float, threshold: int) -> Probe | None:
+    if url is None:
+        return None
+    from checkpoint_engine.update.probe import Probe, http_check
+
+    return Probe(http_check(url), window_seconds=seconds, max_failures=threshold)
+
+
+def show_report(result: Report, *, as_json: bool) -> None:
+    """Print how an update ended."""
     if as_json:
         print_json(result)
         return

@@ -3,15 +3,14 @@
 xxhash releases the interpreter lock, so threads add up until memory bandwidth is reached, which
 two of them do on common hosts.
 
-    with byte_workers() as pool:
+    with byte_workers(idle=True) as pool:
         wrong = first_mismatch(manifest.chunks(), staged.memory, pool)
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import xxhash
 
@@ -20,7 +19,6 @@ from checkpoint_engine.plan.buckets import plan_buckets
 
 __all__ = [
     "PIECE_BYTES",
-    "byte_workers",
     "chunk_digest",
     "chunk_digests",
     "digest_pieces",
@@ -28,13 +26,6 @@ __all__ = [
 ]
 
 PIECE_BYTES = 512 << 10  # stays in a core's own cache between being written and being digested
-
-
-def byte_workers(num_threads: int | None = None) -> ThreadPoolExecutor:
-    """Threads for work that is bound by memory: more than four gain nothing."""
-    return ThreadPoolExecutor(
-        num_threads or min(4, os.cpu_count() or 1), thread_name_prefix="ckpt-bytes"
-    )
 
 
 def chunk_digest(chunk: memoryview) -> bytes:

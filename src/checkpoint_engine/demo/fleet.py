@@ -4,8 +4,9 @@ Replicas are children started as anybody would start them, `ckpt-engine replica`
 HTTP. Requests are sent to each of them all the while, so that an update that disturbs serving, or
 an answer whose weight versions do not add up, is noticed.
 
-    with Fleet.start(folder, num_replicas=2, log_dir=log_dir) as fleet, Traffic(fleet, prompts):
-        ...
+    with Fleet(folder, num_replicas=2, log_dir=log_dir, token=token) as fleet:
+        with Traffic(fleet, prompts):
+            ...
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ class Replica:
         choices: list[dict[str, Any]] = response.json()["choices"]
         return sorted(choices, key=lambda choice: choice["index"])
 
+    def update(self, handles: Mapping[str, str], weight_version: str) -> None:
+        """Take an update, but only to this version; raises AdapterError if it does not."""
+        response = httpx.post(
+            f"{self.endpoint}/update_weights_from_ipc",
+            json={"zmq_handles": dict(handles), "weight_version": weight_version},
+            headers={"Authorization": f"Bearer {os.environ['CKPT_ENGINE_TOKEN']}"},
+            timeout=REQUEST_SECONDS,
+        )
+        if response.is_error:
+            raise AdapterError(f"{self.name}: {response.status_code}: {response.text[:500]}")
+
     def weight_info(self) -> Mapping[str, Any]:
         """What it serves; see `ckpt-engine replica`."""
         response = httpx.get(f"{self.endpoint}/weight_info", timeout=REQUEST_SECONDS)
@@ -59,38 +71,57 @@ class Replica:
 
 
 class Fleet:
-    """Replica processes. Owns them: they are gone when this is closed."""
+    """Replica processes of one model. Owns them: they are gone when this is closed.
 
-    def __init__(self, replicas: Sequence[Replica], children: Sequence[subprocess.Popen[str]]):
-        self.replicas = tuple(replicas)
-        self._children = list(children)
+    Attributes:
+        replicas: those that were started, dead or alive.
+        dead: names of those that were killed and are not back yet.
 
-    @classmethod
-    def start(cls, folder: Path, *, num_replicas: int, log_dir: Path, token: str) -> Fleet:
-        """Start replicas of the model in `folder` and wait until they serve.
+    Raises:
+        PeerLost: one died before it served; its last words are in the message.
+        DeadlineExceeded: one does not answer.
+    """
 
-        Raises:
-            PeerLost: one died; its last words are in the message.
-            DeadlineExceeded: one does not answer.
-        """
-        fleet = cls((), [])
+    def __init__(self, folder: Path, *, num_replicas: int, log_dir: Path, token: str) -> None:
+        self._folder, self._log_dir, self._token = folder, log_dir, token
+        self._children: list[subprocess.Popen[str]] = []
+        self.replicas: tuple[Replica, ...] = ()
+        self.dead: set[str] = set()
         try:
-            for number in range(num_replicas):
-                fleet._children.append(_spawn(folder, f"replica-{number}", log_dir, token))
-            deadline = time.monotonic() + START_SECONDS
-            fleet.replicas = tuple(
-                Replica(f"replica-{number}", _endpoint(child, deadline, log_dir, number))
-                for number, child in enumerate(fleet._children)
+            self._children += [self._spawn(number, port=0) for number in range(num_replicas)]
+            self.replicas = tuple(
+                Replica(f"replica-{number}", self._endpoint(number))
+                for number in range(num_replicas)
             )
         except BaseException:
-            fleet.close()
+            self.close()
             raise
-        return fleet
 
     @property
     def endpoints(self) -> list[str]:
         """The replicas' URLs."""
         return [replica.endpoint for replica in self.replicas]
+
+    @property
+    def alive(self) -> tuple[Replica, ...]:
+        """The replicas that were not killed."""
+        return tuple(replica for replica in self.replicas if replica.name not in self.dead)
+
+    def kill(self, number: int) -> None:
+        """SIGKILL: it has no chance to say goodbye."""
+        self.dead.add(self.replicas[number].name)
+        self._children[number].kill()
+
+    def restart(self, number: int) -> None:
+        """Start a killed replica anew at its old address, and wait until it serves."""
+        child, replica = self._children[number], self.replicas[number]
+        child.wait(STOP_SECONDS)
+        assert child.stdout is not None, "its output is a pipe"
+        child.stdout.close()
+        port = int(replica.endpoint.rpartition(":")[2])
+        self._children[number] = self._spawn(number, port)
+        self._endpoint(number)
+        self.dead.discard(replica.name)
 
     def close(self) -> None:
         """Ask the replicas to end, and end those that do not."""
@@ -114,14 +145,49 @@ class Fleet:
     ) -> None:
         self.close()
 
+    def _spawn(self, number: int, port: int) -> subprocess.Popen[str]:
+        name = f"replica-{number}"
+        arguments = ["--model", str(self._folder), "--port", str(port), "--name", name]
+        environment = {
+            **os.environ,
+            "CKPT_ENGINE_TOKEN": self._token,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with (self._log_dir / f"{name}.log").open("a") as log:
+            return subprocess.Popen(  # noqa: S603 - our own command, typed arguments
+                [sys.executable, "-m", "checkpoint_engine", "replica", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+
+    def _endpoint(self, number: int) -> str:
+        """The URL that a replica announces on its first line."""
+        child, name = self._children[number], f"replica-{number}"
+        assert child.stdout is not None, "its output is a pipe"
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.stdout, selectors.EVENT_READ)
+            if not selector.select(START_SECONDS):
+                raise DeadlineExceeded(f"{name} does not serve after {START_SECONDS:.0f} s")
+        line = child.stdout.readline()
+        if not line:
+            words = (self._log_dir / f"{name}.log").read_text()[-2000:]
+            raise PeerLost(f"{name} ended before it served: {words}")
+        return line.split()[-1]
+
 
 class Traffic:
-    """One client for each replica that asks for completions, one after the other, until stopped."""
+    """One client for each replica that asks for completions, one after the other, until stopped.
+
+    What fails while its replica is dead counts as cut off, not as failed.
+    """
 
     def __init__(self, fleet: Fleet, prompts: Sequence[Sequence[int]], num_tokens: int = 24):
-        self.num_answered = self.num_failed = self.num_across_versions = 0
+        self.num_answered = self.num_failed = self.num_cut_off = self.num_across_versions = 0
         self.failures: list[str] = []
-        self._prompts, self._num_tokens = prompts, num_tokens
+        self._fleet, self._prompts, self._num_tokens = fleet, prompts, num_tokens
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._threads = [
@@ -153,9 +219,11 @@ class Traffic:
                 problem, choice = f"{replica.name}: {error}", {"weight_versions": []}
             with self._lock:
                 self.num_answered += problem is None
-                self.num_failed += problem is not None
                 self.num_across_versions += len(choice["weight_versions"]) > 1
-                if problem is not None:
+                if problem is not None and replica.name in self._fleet.dead:
+                    self.num_cut_off += 1
+                elif problem is not None:
+                    self.num_failed += 1
                     self.failures.append(problem)
             self._stopped.wait(0.05)  # leaves some of two cores to the trainer
 
@@ -169,38 +237,6 @@ def _misfit(choice: Mapping[str, Any]) -> str | None:
         covered = span["end"]
     num_tokens = len(choice["token_ids"])
     return None if covered == num_tokens else f"{covered} of {num_tokens} tokens have a version"
-
-
-def _spawn(folder: Path, name: str, log_dir: Path, token: str) -> subprocess.Popen[str]:
-    arguments = ["--model", str(folder), "--port", "0", "--name", name]
-    environment = {
-        **os.environ,
-        "CKPT_ENGINE_TOKEN": token,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with (log_dir / f"{name}.log").open("w") as log:
-        return subprocess.Popen(  # noqa: S603 - our own command, typed arguments
-            [sys.executable, "-m", "checkpoint_engine", "replica", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        )
-
-
-def _endpoint(child: subprocess.Popen[str], deadline: float, log_dir: Path, number: int) -> str:
-    """The URL that a replica announces on its first line."""
-    assert child.stdout is not None, "its output is a pipe"
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        if not selector.select(max(0.0, deadline - time.monotonic())):
-            raise DeadlineExceeded(f"replica-{number} does not serve after {START_SECONDS:.0f} s")
-    line = child.stdout.readline()
-    if not line:
-        words = (log_dir / f"replica-{number}.log").read_text()[-2000:]
-        raise PeerLost(f"replica-{number} ended before it served: {words}")
-    return line.split()[-1]
 
 
 def new_token() -> str:

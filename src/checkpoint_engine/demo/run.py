@@ -15,18 +15,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
 
 from checkpoint_engine.calls import engine_requests
+from checkpoint_engine.demo.chaos import Chaos
 from checkpoint_engine.demo.fleet import Fleet, Replica, Traffic, new_token
 from checkpoint_engine.demo.trainer import Rollout, Trainer
-from checkpoint_engine.errors import AdapterError
+from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.timeline import Span, Timeline
+from checkpoint_engine.update.conductor import Request
 from checkpoint_engine.update.protocol import Report
 
 __all__ = [
@@ -73,6 +77,7 @@ class StepDone(msgspec.Struct, frozen=True):
     report: Report
     update_seconds: float
     digests: dict[str, str]
+    trouble: str = ""
 
 
 Event = Pretraining | Serving | StepDone
@@ -114,13 +119,19 @@ class DemoResult(msgspec.Struct, frozen=True):
     rewards: tuple[float, ...]
     num_requests: int
     num_requests_failed: int
+    num_requests_cut_off: int
     num_requests_across_versions: int
     failures: tuple[str, ...]
     spans: tuple[Span, ...]
 
 
 def run_demo(
-    *, steps: int, num_replicas: int, seed: int, tell: Callable[[Event], None]
+    *,
+    steps: int,
+    num_replicas: int,
+    seed: int,
+    tell: Callable[[Event], None],
+    chaos: bool = False,
 ) -> DemoResult:
     """Run the demo; see the module's text.
 
@@ -129,6 +140,7 @@ def run_demo(
         num_replicas: replica processes.
         seed: of the model, the text batches and the rollouts.
         tell: called with each event, on this thread.
+        chaos: let a replica refuse an update, and kill one in the middle of another.
 
     Raises:
         UpdateFailed: an update was not published.
@@ -146,13 +158,14 @@ def run_demo(
         prompts = trainer.prompts(NUM_PROMPTS)
         server = ParameterServer(rank=0, world_size=1)
         try:
-            with Fleet.start(
+            with Fleet(
                 root / "model", num_replicas=num_replicas, log_dir=root, token=token
             ) as fleet:
                 num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
                 tell(Serving(tuple(fleet.endpoints), num_parameters))
                 with Traffic(fleet, prompts) as traffic:
-                    done = _train(trainer, server, fleet, prompts, steps, timeline, tell)
+                    plan = _Plan(trainer, server, fleet, prompts, timeline, chaos)
+                    done = plan.train(steps, tell)
                 replicas = _compare(trainer, fleet.replicas, prompts)
         finally:
             server.close()
@@ -162,6 +175,7 @@ def run_demo(
         rewards=tuple(step.reward for step in done),
         num_requests=traffic.num_answered,
         num_requests_failed=traffic.num_failed,
+        num_requests_cut_off=traffic.num_cut_off,
         num_requests_across_versions=traffic.num_across_versions,
         failures=tuple(traffic.failures[:10]),
         spans=(*timeline.spans, *(span for step in done for span in step.report.spans)),
@@ -177,36 +191,53 @@ def _pretrain(trainer: Trainer, tell: Callable[[Event], None]) -> None:
     trainer.pretrain(PRETRAIN_SECONDS, on_progress)
 
 
-def _train(
-    trainer: Trainer,
-    server: ParameterServer,
-    fleet: Fleet,
-    prompts: Sequence[tuple[int, ...]],
-    steps: int,
-    timeline: Timeline,
-    tell: Callable[[Event], None],
-) -> list[StepDone]:
-    done: list[StepDone] = []
-    requests = engine_requests(fleet.endpoints, rank=0, world_size=1)
-    for step in range(1, steps + 1):
-        with timeline.span("rollouts", f"step {step}"):
-            rollouts = _roll_out(fleet.replicas, prompts, step)
-        with timeline.span("policy step", f"step {step}"):
-            reward = trainer.policy_step(rollouts)
-        label, start = f"step-{step}", time.monotonic()
-        with timeline.span("register", label):
-            server.register_checkpoint(
-                label, named_tensors=trainer.state_dict(), use_shared_memory_pool=True
-            )
-            server.gather_metas(label)
-        with timeline.span("update", label):
-            report = server.update(label, requests, timeout=UPDATE_TIMEOUT)
+@dataclass(frozen=True)
+class _Plan:
+    """Training with its replicas, step by step."""
+
+    trainer: Trainer
+    server: ParameterServer
+    fleet: Fleet
+    prompts: Sequence[tuple[int, ...]]
+    timeline: Timeline
+    chaos: bool
+
+    def train(self, steps: int, tell: Callable[[Event], None]) -> list[StepDone]:
+        requests = engine_requests(self.fleet.endpoints, rank=0, world_size=1)
+        trouble = Chaos(self.fleet, requests, steps) if self.chaos else None
+        done: list[StepDone] = []
+        for step in range(1, steps + 1):
+            done.append(self._step(step, trouble.requests(step) if trouble else requests))
+            if trouble:
+                done[-1] = msgspec.structs.replace(done[-1], trouble=trouble.settle(step))
+            tell(done[-1])
+        return done
+
+    def _step(self, step: int, requests: Sequence[Request]) -> StepDone:
+        with self.timeline.span("rollouts", f"step {step}"):
+            rollouts = _roll_out(self.fleet.replicas, self.prompts, step)
+        with self.timeline.span("policy step", f"step {step}"):
+            reward = self.trainer.policy_step(rollouts)
+        start = time.monotonic()
+        report = self._update(f"step-{step}", requests)
         seconds = time.monotonic() - start
-        digests = {r.name: str(r.weight_info()["digest"]) for r in fleet.replicas}
-        sample = trainer.decode(max(rollouts, key=trainer.reward).token_ids)
-        done.append(StepDone(step, reward, sample, report, seconds, digests))
-        tell(done[-1])
-    return done
+        digests = {r.name: str(r.weight_info()["digest"]) for r in self.fleet.alive}
+        sample = self.trainer.decode(max(rollouts, key=self.trainer.reward).token_ids)
+        return StepDone(step, reward, sample, report, seconds, digests)
+
+    def _update(self, label: str, requests: Sequence[Request]) -> Report:
+        with self.timeline.span("register", label):
+            self.server.register_checkpoint(
+                label, named_tensors=self.trainer.state_dict(), use_shared_memory_pool=True
+            )
+            self.server.gather_metas(label)
+        with self.timeline.span("update", label):
+            try:
+                return self.server.update(label, requests, timeout=UPDATE_TIMEOUT)
+            except UpdateFailed as failure:
+                if not self.chaos:
+                    raise
+                return cast(Report, failure.report)
 
 
 def _roll_out(

@@ -2,7 +2,7 @@
 
 The replica is what the adapter calls the server around its model: it pauses generation, changes the
 label, and says truthfully what state it is in. Digests are recomputed from the live parameters
-whenever they are asked for.
+whenever they are asked for, chunk by chunk, so that an update's pause waits for one chunk at most.
 
     replica = load_replica(folder, load_format="auto", wait_for_initial_weights=False)
     replica.engine.start()
@@ -14,10 +14,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +29,11 @@ from transformers import (
 )
 
 from checkpoint_engine.adapters.base import Identity, Served
+from checkpoint_engine.adapters.live import LiveModel
 from checkpoint_engine.adapters.transformers import TransformersAdapter
+from checkpoint_engine.compare import TensorDigest, WeightDigests, sample_names
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UpdateRefused, UsageError
-from checkpoint_engine.manifest import Version
+from checkpoint_engine.manifest import Version, version_digest
 from checkpoint_engine.replica.engine import Engine
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update import session
@@ -40,10 +41,13 @@ from checkpoint_engine.update import session
 __all__ = ["Replica", "load_replica"]
 
 INFO_SECONDS = 120.0
+SCRUB_SECONDS = 1.0
 PAUSE_SECONDS = 60.0
 HISTORY_LENGTH = 100
 # A folder is data: nothing of it is run, and what is not in it is not fetched.
 TRUST: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+T = TypeVar("T")
 
 
 class Replica:
@@ -66,6 +70,7 @@ class Replica:
         label: str | None,
     ) -> None:
         self.engine = Engine(model, tokenizer)
+        self._live = LiveModel(model)
         self._adapter = TransformersAdapter(
             model, Identity(replica=name, engine=f"process {os.getpid()}"), self
         )
@@ -73,6 +78,11 @@ class Replica:
         self._updating = threading.Lock()
         # Held while weights change, so that nobody digests half of each version.
         self._weights = threading.Lock()
+        # Cleared before an update asks for that lock: whoever digests comes back to it at once.
+        self._calm = threading.Event()
+        self._calm.set()
+        self._num_changes = 0
+        self._scrubbing = self._adapter.scrub()
         # Orders an operator's pause and resume with those of an update.
         self._holding = threading.Lock()
         self._held_by_update = False
@@ -99,18 +109,52 @@ class Replica:
             return "updating"
         return "paused" if self._held_by_operator else "serving"
 
+    @property
+    def num_chunks(self) -> int:
+        """Calls of `scrub` that look at every parameter once."""
+        return self._live.num_chunks
+
     def info(self) -> dict[str, Any]:
-        """The label, both digests as the live parameters have them now, state and history."""
-        with self._stable_weights():
-            served = self._adapter.recompute()
-            return {
-                "weight_version": self._label,
-                "digest": served.digest,
-                "served_digest": served.served_digest,
-                "state": self.state,
-                "reason": self._trouble[1] if self._trouble else None,
-                "history": list(self._history),
-            }
+        """The label, both digests as the live parameters have them now, state and history.
+
+        `kept` are the digests of versions to which the replica can return by itself.
+
+        Raises:
+            DeadlineExceeded: an update was always under way.
+        """
+        return self._digested(self._info)
+
+    def weight_digests(self, sample: float = 1.0, seed: int = 0) -> WeightDigests:
+        """The digests of single tensors as the live parameters have them now.
+
+        Args:
+            sample: share of the bytes, above 0 and up to 1; whole tensors are taken.
+            seed: which; replicas of the same names, dtypes and shapes choose alike.
+
+        Raises:
+            UsageError: that is no share.
+            DeadlineExceeded: an update was always under way.
+        """
+        chosen = sample_names(self._live.metas({}), sample, seed)
+        return self._digested(lambda: self._weight_digests(chosen))
+
+    def scrub(self) -> None:
+        """Compare the next chunk of the live parameters with what was loaded or published there.
+
+        If it differs, the weights are of no version: the replica is torn, and serves nothing
+        until an update has been published. While weights change it does nothing.
+        """
+        if not self._weights.acquire(timeout=SCRUB_SECONDS):
+            return
+        try:
+            if self.state in ("torn", "waiting"):
+                return
+            name = next(self._scrubbing)
+            if name is not None:
+                self._adapter.disown()
+                self._fail(f"{name!r} has changed in memory since it was written")
+        finally:
+            self._weights.release()
 
     def update(self, handle: str, *, weight_version: str | None, flush_cache: bool) -> None:
         """Take one update, from greeting to resume.
@@ -162,10 +206,11 @@ class Replica:
 
     def hold(self, timeout_seconds: float) -> None:
         """Stop at a token boundary; from here on the weights are the adapter's."""
-        if self.state == "torn":
-            return  # held since it was torn; this update may mend it
+        self._calm.clear()
         if not self._weights.acquire(timeout=timeout_seconds):
+            self._calm.set()
             raise DeadlineExceeded("the weights are still being digested; try again")
+        self._num_changes += 1
         with self._holding:
             self._held_by_update = True
         try:
@@ -192,33 +237,80 @@ class Replica:
 
     def quarantine(self, reason: str) -> None:
         """Refuse requests, and be unhealthy, until an update has been published here."""
+        if self.state == "torn":
+            return  # which is worse, and mended by the same
         self._trouble = ("quarantined", reason)
         self.engine.set_accepting(f"the replica is quarantined: {reason}")
 
     def tear(self, reason: str) -> None:
         """The parameters are of no version: fail what is in flight and serve nothing."""
+        self._fail(reason)
+        self._settle()
+
+    def _fail(self, reason: str) -> None:
         self._trouble = ("torn", reason)
         self.engine.set_accepting(f"the replica's weights are torn: {reason}")
         self.engine.fail_all(f"the replica's weights are torn: {reason}")
 
-    @contextmanager
-    def _stable_weights(self) -> Iterator[None]:
-        """Wait out a pause in which weights change; a torn replica's do not change any more."""
-        torn = self.state == "torn"
-        if not torn and not self._weights.acquire(timeout=INFO_SECONDS):
-            raise DeadlineExceeded("the weights are still changing; ask again later")
-        try:
-            yield
-        finally:
-            if not torn:
+    # ── digests while requests and updates go on ────────────────────────────────────────────
+
+    def _info(self) -> Generator[None, None, dict[str, Any]]:
+        served = yield from self._adapter.recompute()
+        return {
+            "weight_version": self._label,
+            "digest": served.digest,
+            "served_digest": served.served_digest,
+            "state": self.state,
+            "reason": self._trouble[1] if self._trouble else None,
+            "kept": list(self._adapter.kept),
+            "history": list(self._history),
+        }
+
+    def _weight_digests(self, chosen: frozenset[str]) -> Generator[None, None, WeightDigests]:
+        digests = yield from self._live.digesting(chosen)
+        metas, tied = self._live.metas(digests), self._live.tied()
+        return WeightDigests(
+            weight_version=self._label,
+            digest=version_digest(meta for meta in metas if meta.name in chosen),
+            tensors=tuple(
+                TensorDigest.of(meta, tied=tied[meta.name], digested=meta.name in chosen)
+                for meta in metas
+            ),
+            not_persistent=tuple(sorted(self._live.not_persistent)),
+        )
+
+    def _digested(self, begin: Callable[[], Generator[None, None, T]]) -> T:
+        """Digest in steps, and begin again if weights have changed between two of them."""
+        deadline = time.monotonic() + INFO_SECONDS
+        changes, steps = self._num_changes, begin()
+        while True:
+            calm = self._calm.wait(INFO_SECONDS) and self._weights.acquire(timeout=INFO_SECONDS)
+            if not calm:
+                raise DeadlineExceeded("the weights are still changing; ask again later")
+            try:
+                if changes != self._num_changes:
+                    if time.monotonic() > deadline:
+                        raise DeadlineExceeded("the weights change too often; ask again later")
+                    changes, steps = self._num_changes, begin()
+                next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            finally:
                 self._weights.release()
 
     def _let_go(self) -> None:
-        self._weights.release()
+        self._settle()
         with self._holding:
             self._held_by_update = False
             if not self._held_by_operator:
                 self._go_on()
+
+    def _settle(self) -> None:
+        """Weights no longer change, if they did: whoever digests may go on."""
+        if not self._calm.is_set():
+            self._weights.release()
+            self._calm.set()
 
     def _go_on(self) -> None:
         self.engine.resume(flush_cache=self._stale_cache)

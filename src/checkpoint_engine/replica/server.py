@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from checkpoint_engine.compare import WeightDigests
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineExceeded, UsageError
 from checkpoint_engine.replica.api import (
     CollectiveRpcRequest,
@@ -65,6 +66,9 @@ class ServedReplica(Protocol):
 
     def info(self) -> Mapping[str, Any]:
         """weight_version, digest, served_digest, state and history, as JSON values."""
+
+    def weight_digests(self, sample: float, seed: int) -> WeightDigests:
+        """The digests of live tensors; with a sample below 1, of some, chosen by the seed."""
 
     def update(self, handle: str, *, weight_version: str | None, flush_cache: bool) -> None:
         """Take new weights from the control socket `handle`: the whole transaction.
@@ -238,6 +242,11 @@ def _status_routes(replica: ServedReplica) -> APIRouter:
     async def weight_info() -> Response:
         async with hashing:
             return _json(await run_in_threadpool(replica.info))
+
+    @router.get("/weight_digests")
+    async def weight_digests(sample: float = 1.0, seed: int = 0) -> Response:
+        async with hashing:
+            return _json(await run_in_threadpool(replica.weight_digests, sample, seed))
 
     return router
 

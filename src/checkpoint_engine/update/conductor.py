@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -41,7 +42,7 @@ from checkpoint_engine.update.protocol import (
 from checkpoint_engine.update.sessions import Door, Sessions
 from checkpoint_engine.update.staging import Version, deliver, parts_on
 
-__all__ = ["Conductor", "Request"]
+__all__ = ["Conductor", "Recorder", "Request", "record"]
 
 Request = Callable[[Sequence[tuple[str, str]]], None]
 """Makes an engine take the update: called with every rank's (device uuid, handle)."""
@@ -73,6 +74,7 @@ class Conductor:
     timeout_seconds: float
     registry: Callable[[], Registry]
     parent: str | None = None
+    base: str | None = None
     scope: Rendezvous = field(init=False)
     _events: _Outbox = field(init=False)
     _timeline: Timeline = field(init=False)
@@ -115,21 +117,22 @@ class Conductor:
         registry = self.registry()
         registry.settle()
         epoch = registry.next_epoch()
-        manifest = self.version.manifest
+        digest, num_bytes = self.version.digest, self.version.num_bytes
         start = _Start(
             update=f"{epoch}-{number}",
             epoch=epoch,
-            version=VersionName(label=self.label, digest=manifest.digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, manifest.num_bytes),
+            version=VersionName(label=self.label, digest=digest, parent=self.parent),
+            deadlines=Deadlines.of(self.timeout_seconds, num_bytes),
         )
-        registry.start(start.update, epoch, self.label, manifest.digest)
+        registry.start(start.update, epoch, self.label, digest)
         opening = Opening(
             update=start.update,
             epoch=epoch,
             version=start.version,
-            num_bytes=manifest.num_bytes,
+            num_bytes=num_bytes,
             world_size=scope.world_size,
             deadlines=start.deadlines,
+            base=self.base,
         )
         thread = threading.Thread(
             target=_coordinate,
@@ -175,7 +178,7 @@ class Conductor:
                 update=start.update,
                 epoch=start.epoch,
                 version=start.version,
-                manifest=version.manifest.to_msgpack(),
+                manifest=version.manifest.to_msgpack() if version.manifest else b"",
                 parts=parts_on(version, host, names[lead].decode()),
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
@@ -290,13 +293,31 @@ def _decide(
             decided = coordinator.expire(time.monotonic())
         else:
             decided = coordinator.on(decode(entry, Event), time.monotonic())
-        yield from _recorded(decided, coordinator, registry, opening.update)
+        yield from record(decided, coordinator, registry, opening.update, time.monotonic())
 
 
-def _recorded(
-    decided: list[Decision], coordinator: Coordinator, registry: Registry, update: str
+class Recorder(Protocol):
+    """The part of the registry in which decisions are written."""
+
+    def publish(self, update: str) -> None:
+        """Record the decision to publish."""
+
+    def finish(self, update: str, outcome: str, report: bytes) -> None:
+        """Record how it ended."""
+
+
+def record(
+    decided: list[Decision],
+    coordinator: Coordinator,
+    registry: Recorder,
+    update: str,
+    now: float,
 ) -> list[Decision]:
-    """The record comes before the message: absence of a record means abort."""
+    """Write down what was decided; returns what may now be told.
+
+    The record comes before the message, since its absence means abort: a decision to publish that
+    cannot be recorded is vetoed.
+    """
     recorded: list[Decision] = []
     for decision in decided:
         try:
@@ -308,7 +329,8 @@ def _recorded(
         except Exception as error:
             failure = RemoteError.of(error, "registry")
             if decision.step == "publish":
-                return [*recorded, *coordinator.veto(failure, time.monotonic())]
+                vetoed = coordinator.veto(failure, now)
+                return [*recorded, *record(vetoed, coordinator, registry, update, now)]
             assert decision.report is not None, "only a publish and the end are recorded"
             degraded = (*decision.report.degraded, str(failure))
             ending = msgspec.structs.replace(decision.report, degraded=degraded)

@@ -50,7 +50,10 @@ VOTES_DUE = {
 
 @dataclass(frozen=True)
 class Opening:
-    """What an update sets out to do."""
+    """What an update sets out to do.
+
+    `base`: digest of the version that every replica must serve; None if any will do.
+    """
 
     update: str
     epoch: int
@@ -58,6 +61,7 @@ class Opening:
     num_bytes: int
     world_size: int
     deadlines: Deadlines
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ class Coordinator:
     # ── events ──────────────────────────────────────────────────────────────────────────────
 
     def _on_staged(self, event: Staged, now: float) -> None:
+        if event.rank in self._staged:
+            return  # sent twice
         self._staged.add(event.rank)
         self._num_requests[event.rank] = event.num_requests
         self._open_ended = self._open_ended or event.open_ended
@@ -217,6 +223,8 @@ class Coordinator:
             self._reason = self._reason or event.error
 
     def _on_joined(self, event: Joined, now: float) -> None:
+        if event.session in self._workers:
+            return  # sent twice
         late = self._phase not in ("staging", "entering")
         worker = _Worker(event.session, event.rank, event.hello, event.follower or late)
         self._workers[event.session] = worker
@@ -226,6 +234,12 @@ class Coordinator:
             self._refuse(worker, "ProtocolError", message)
         elif event.hello.epoch >= self._opening.epoch:
             message = f"the replica has seen epoch {event.hello.epoch}, a newer coordinator's"
+            self._refuse(worker, "UpdateRefused", message)
+        elif self._opening.base not in (None, event.hello.base):
+            serves = event.hello.base or "no version that it knows"
+            message = (
+                f"the update is made for base {self._opening.base}, the replica serves {serves}"
+            )
             self._refuse(worker, "UpdateRefused", message)
 
     def _on_voted(self, event: Voted, now: float) -> None:

@@ -170,7 +170,7 @@ class Offer(_Message, frozen=True):
     """What is offered, where its bytes lie on this host, and how long to wait for decisions.
 
     Attributes:
-        manifest: msgpack of the Manifest.
+        manifest: msgpack of the Manifest; empty to return to a version that the session keeps.
         follower: True for a session that does not vote, such as a draft model's.
         require_rollback: refuse unless there is a way back.
     """

@@ -179,13 +179,25 @@ def _enter(
     adapter: Adapter, attachments: Attachments, offer: Offer, progress: _Progress
 ) -> Steps[None]:
     with progress.timeline.span("attach"):
-        manifest = decode_manifest(offer.manifest, msgpack=True)
-        if manifest.digest != offer.version.digest:
-            raise ProtocolError("the manifest offered is not that of the version offered")
-        staged = Staged.attach(manifest, offer.parts, attachments)
+        staged = _attach(adapter, attachments, offer)
     with progress.timeline.span("verify"):
         way_back = adapter.prepare(staged, offer.version)
     yield Send(Ready(way_back=way_back, spans=progress.spans))
+
+
+def _attach(adapter: Adapter, attachments: Attachments, offer: Offer) -> Staged:
+    if not offer.manifest:
+        recalled = adapter.recall(offer.version.digest)
+        if recalled is None:
+            raise UpdateRefused(
+                f"this replica keeps no version {offer.version.label!r} to return to; update it "
+                "from a checkpoint instead"
+            )
+        return recalled
+    manifest = decode_manifest(offer.manifest, msgpack=True)
+    if manifest.digest != offer.version.digest:
+        raise ProtocolError("the manifest offered is not that of the version offered")
+    return Staged.attach(manifest, offer.parts, attachments)
 
 
 def _await(step: str, timeout_seconds: float) -> Steps[None]:
@@ -221,6 +233,8 @@ def _publish(adapter: Adapter, offer: Offer, progress: _Progress) -> Steps[Outco
                 step()
         except Exception as error:
             failure = failure or RemoteError.of(error, adapter.identity.replica)
+    if progress.paused_at is not None:
+        adapter.quarantine(f"the new version was published, but requests still wait: {failure}")
     confirmed = Confirmed(pause_seconds=progress.pause_seconds, error=failure, spans=progress.spans)
     with contextlib.suppress(PeerLost, DeadlineExceeded):
         yield Send(confirmed)

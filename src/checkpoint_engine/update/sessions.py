@@ -12,10 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import msgspec
+from collections.abc import Callable, Sequence
 
 from checkpoint_engine.errors import (
     CheckpointEngineError,
@@ -35,16 +32,12 @@ from checkpoint_engine.update.protocol import (
     Event,
     FromSession,
     Hello,
-    Joined,
-    Left,
     Offer,
-    Proceed,
     Ready,
     Stop,
-    Vote,
-    Voted,
     Withdrawn,
 )
+from checkpoint_engine.update.relay import Action, Relay, Tell
 
 __all__ = ["Door", "Sessions"]
 
@@ -117,15 +110,8 @@ class Door:
             self._channels.discard(channel)
 
 
-@dataclass
-class _Session:
-    channel: Channel[FromSession | Hold | LetGo]
-    follower: bool
-    dismissed: bool = False
-
-
 class Sessions:
-    """The sessions of one update on one rank: votes go up as events, decisions down.
+    """The sessions of one update on one rank: performs what a `Relay` says.
 
     Args:
         rank: this rank.
@@ -134,104 +120,55 @@ class Sessions:
     """
 
     def __init__(self, rank: int, offer: Offer, post: Callable[[Event], None]) -> None:
-        self._rank, self._offer, self._post = rank, offer, post
+        self._offer, self._post = offer, post
+        self._relay = Relay(rank, offer)
         self._lock = threading.Lock()
-        self._sessions: dict[str, _Session] = {}
-        self._step = "enter"
-        self._decided = threading.Event()
+        self._channels: dict[str, Channel[FromSession | Hold | LetGo]] = {}
 
     def serve(self, channel: Channel[FromSession | Hold | LetGo], hello: Hello) -> None:
         """Play the rank's part with one session until it is over. Runs on its thread."""
         channel.bind(self._offer.update, self._offer.epoch)
+        deadlines = self._offer.deadlines
+        longest = deadlines.ready_seconds + deadlines.pause_seconds + GRACE_SECONDS
         with self._lock:
-            follower = self._step != "enter"
-            name = f"{self._rank}.{len(self._sessions)}"
-            self._sessions[name] = _Session(channel, follower)
-        self._post(Joined(session=name, rank=self._rank, hello=hello, follower=follower))
+            name, actions = self._relay.joined(hello)
+            self._channels[name] = channel
         try:
-            if follower:
-                self._lead_follower(name, channel)
-            else:
-                self._send(name, self._offer)
-                self._listen(name, channel)
+            self._perform(actions)
+            while self._is_open(name):
+                vote = channel.receive(longest)
+                if not isinstance(vote, (Ready, Applied, Confirmed, Withdrawn)):
+                    raise ProtocolError(f"a vote was due, not {type(vote).__name__}")
+                with self._lock:
+                    actions = self._relay.voted(name, vote)
+                self._perform(actions)
         except (PeerLost, ProtocolError, DeadlineExceeded) as error:
-            self._post(Left(session=name, error=RemoteError.of(error, hello.replica)))
+            with self._lock:
+                actions = self._relay.left(name, RemoteError.of(error, hello.replica))
+            self._perform(actions)
 
     def decide(self, decision: Decision) -> None:
-        """Pass "apply", "publish" or "stop" on to every session that votes."""
+        """Pass "apply", "publish" or "stop" on."""
         with self._lock:
-            self._step = decision.step
-            voters = [name for name, session in self._sessions.items() if not session.follower]
-        for name in voters:
-            if name in decision.proceed:
-                self._send(name, Proceed(step=decision.step))
-            elif name in decision.quarantine:
-                reason = "another worker of its engine failed"
-                self._send(name, Stop(reason=reason, quarantine=True), last=True)
-            else:
-                reason = decision.reason or "it said hello after the vote"
-                self._send(name, Stop(reason=reason), last=True)
-        if decision.step in ("publish", "stop"):
-            self._decided.set()
+            actions = self._relay.decided(decision)
+        self._perform(actions)
 
     def close(self) -> None:
         """End every session; one that is still in doubt returns to its base."""
         with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
-            session.channel.close()
+            channels = list(self._channels.values())
+        for channel in channels:
+            channel.close()
 
-    def _listen(self, name: str, channel: Channel[FromSession | Hold | LetGo]) -> None:
-        deadlines = self._offer.deadlines
-        longest = deadlines.ready_seconds + deadlines.pause_seconds + GRACE_SECONDS
-        for due in (Ready, Applied, Confirmed):
-            if isinstance(self._receive_vote(name, channel, due, longest), Withdrawn):
-                self._hold_the_line(name, channel, longest)
-                return
-
-    def _receive_vote(
-        self,
-        name: str,
-        channel: Channel[FromSession | Hold | LetGo],
-        due: type[Ready | Applied | Confirmed],
-        timeout_seconds: float,
-    ) -> Vote:
-        """Pass on the vote that is due, or a "no"; the coordinator would wait out any other."""
-        vote = channel.receive(timeout_seconds)
-        if not isinstance(vote, (due, Withdrawn)):
-            raise ProtocolError(f"{due.__name__} was due, not {type(vote).__name__}")
-        self._post(Voted(session=name, vote=vote))
-        return vote
-
-    def _hold_the_line(
-        self, name: str, channel: Channel[FromSession | Hold | LetGo], timeout_seconds: float
-    ) -> None:
-        """Whoever said no waits to hear whether it is quarantined, and then hangs up."""
+    def _is_open(self, name: str) -> bool:
         with self._lock:
-            told = self._sessions[name].dismissed
-        if not told:
-            with contextlib.suppress(PeerLost):
-                channel.receive(timeout_seconds)
+            return self._relay.is_open(name)
 
-    def _send(self, name: str, message: Offer | Proceed | Stop, *, last: bool = False) -> None:
-        """A peer that is gone is reported by the thread that listens to it."""
-        session = self._sessions[name]
-        if session.dismissed:
-            return
-        session.dismissed = last
-        with contextlib.suppress(PeerLost, DeadlineExceeded):
-            session.channel.send(message)
-
-    def _lead_follower(self, name: str, channel: Channel[FromSession | Hold | LetGo]) -> None:
-        """A session that came after the vote, such as a draft model's, follows what was decided."""
-        seconds = self._offer.deadlines.ready_seconds
-        if not self._decided.wait(seconds) or self._step == "stop":
-            self._send(name, Stop(reason="the update was not published"))
-            return
-        self._send(name, msgspec.structs.replace(self._offer, follower=True))
-        for due, step in ((Ready, "apply"), (Applied, "publish"), (Confirmed, "")):
-            if isinstance(self._receive_vote(name, channel, due, seconds), Withdrawn):
-                self._send(name, Stop(reason="a follower failed"))
-                return
-            if step:
-                self._send(name, Proceed(step=step))
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Tell):
+                # A peer that is gone is noticed by the thread that listens to it.
+                with contextlib.suppress(PeerLost, DeadlineExceeded):
+                    self._channels[action.session].send(action.message)
+            else:
+                self._post(action)

@@ -67,9 +67,14 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Version:
-    """A gathered version: what it is, whose runs it is made of, and where those ranks are."""
+    """A gathered version: what it is, whose runs it is made of, and where those ranks are.
 
-    manifest: Manifest
+    Without a manifest it is one that the replicas keep themselves: nothing is staged for it.
+    """
+
+    digest: str
+    num_bytes: int
+    manifest: Manifest | None
     runs: tuple[Run, ...]
     metas: tuple[RankMeta, ...]
     hosts: Hosts
@@ -85,7 +90,13 @@ class Version:
         for meta in metas:
             check_manifest(meta.manifest)
         manifest, runs = merge([meta.manifest for meta in metas])
-        return cls(manifest, runs, tuple(metas), Hosts.of(metas))
+        hosts = Hosts.of(metas)
+        return cls(manifest.digest, manifest.num_bytes, manifest, runs, tuple(metas), hosts)
+
+    @classmethod
+    def kept(cls, digest: str, num_bytes: int, metas: Sequence[RankMeta]) -> Version:
+        """A version that every replica still has in memory from before."""
+        return cls(digest, num_bytes, None, (), tuple(metas), Hosts.of(metas))
 
     def foreign_runs(self, host: int) -> list[tuple[Run, int]]:
         """The runs that a host must receive, each with its place in the memory they go to."""
@@ -148,7 +159,7 @@ def deliver(
         StoreError: no memory for what is to be received.
     """
     host = version.hosts.of_rank[rank]
-    if collective is None or version.hosts.lead(host) != rank:
+    if collective is None or version.manifest is None or version.hosts.lead(host) != rank:
         return None, 0
     foreign = version.foreign_runs(host)
     num_received = sum(run.length for run, _ in foreign)
@@ -187,6 +198,7 @@ def _plan_hauls(
     """Buckets within runs, numbered through: every host plans the same."""
     buckets: list[Bucket] = []
     hauls: list[_Haul] = []
+    assert version.manifest is not None, "what replicas keep is not sent"
     chunks = list(version.manifest.chunks())
     for run in version.runs:
         inside = (chunk for chunk in chunks if run.offset <= chunk.offset < run.end)

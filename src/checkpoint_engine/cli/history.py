@@ -1,0 +1,75 @@
+"""`ckpt-engine versions` and `ckpt-engine rollback`: what was published, and back to it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoint_engine.cli.console import new_table, out, print_json, printable, working
+from checkpoint_engine.cli.update import show_report
+from checkpoint_engine.errors import UpdateFailed
+
+__all__ = ["rollback", "versions"]
+
+
+def versions(
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List the versions that were published from this host, newest first."""
+    from checkpoint_engine.registry import Registry, state_dir
+
+    registry = Registry(state_dir() / "registry.sqlite")
+    try:
+        registry.settle()
+        found = registry.versions()
+    finally:
+        registry.close()
+    if as_json:
+        print_json(found)
+        return
+    table = new_table("", "version", "digest", "published", "size")
+    for number, one in enumerate(found):
+        table.add_row(
+            "→" if number == 0 else "",
+            printable(one.version),
+            one.digest[:16],
+            datetime.fromtimestamp(one.published_at).strftime("%Y-%m-%d %H:%M:%S"),
+            "-" if one.num_bytes is None else f"{one.num_bytes / 1e6:.1f} MB",
+        )
+    out.print(table)
+
+
+def rollback(
+    endpoint: Annotated[list[str], typer.Option(help="URL of an engine; repeat for several.")],
+    to: Annotated[
+        str | None, typer.Option(help="A published version; default the one before the last.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 60.0,
+    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Return running engines to a version that they still keep, all of them or none.
+
+    Nothing is read or sent, and no server of then needs to live.
+    """
+    from checkpoint_engine.calls import engine_requests
+    from checkpoint_engine.ps import ParameterServer
+
+    server = ParameterServer(rank=0, world_size=1)
+    try:
+        requests = engine_requests(endpoint, rank=0, world_size=1, timeout_seconds=timeout, uds=uds)
+        with working("rolling back", True):
+            result = server.rollback(
+                requests, to=to, timeout=timedelta(seconds=timeout), report=report
+            )
+        show_report(result, as_json=as_json)
+    except UpdateFailed as failure:
+        if as_json and failure.report is not None:
+            show_report(failure.report, as_json=True)
+        raise
+    finally:
+        server.close()

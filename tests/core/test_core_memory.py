@@ -1,0 +1,83 @@
+"""Work beside those who serve: idle threads, a pace, pages touched without the lock."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint_engine.errors import UsageError
+from checkpoint_engine.memory import MADV_POPULATE_WRITE, Pace, byte_workers, fault_in
+
+NUM_BYTES = 128 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_idle_threads_are_idle_and_others_are_not() -> None:
+    with byte_workers(idle=True) as idle, byte_workers() as others:
+        assert idle.submit(os.sched_getscheduler, 0).result(10) == os.SCHED_IDLE
+        assert others.submit(os.sched_getscheduler, 0).result(10) == os.SCHED_OTHER
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_pages_are_there_afterwards_and_other_threads_ran_meanwhile() -> None:
+    mapped = mmap.mmap(-1, NUM_BYTES)
+    before, num_turns, ended = resident_bytes(), 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_turns
+        while not ended.is_set():
+            num_turns += 1
+            time.sleep(0)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    with byte_workers() as pool:
+        started = num_turns
+        fault_in(mapped, MADV_POPULATE_WRITE, pool)
+        turned = num_turns - started
+    ended.set()
+    counter.join()
+    assert resident_bytes() - before > NUM_BYTES // 2
+    assert turned > 10, "the interpreter's lock was held"
+    mapped.close()
+
+
+def test_an_advice_that_the_kernel_does_not_know_is_an_error() -> None:
+    mapped = mmap.mmap(-1, mmap.PAGESIZE)
+    with byte_workers() as pool, pytest.raises(OSError, match="Invalid argument"):
+        fault_in(mapped, 9999, pool)
+    mapped.close()
+
+
+def test_a_pace_holds_for_all_threads_together() -> None:
+    pace = Pace(100e6)
+    started = time.monotonic()
+    with byte_workers(4) as pool:
+        list(pool.map(pace.take, [1_000_000] * 40))
+    assert time.monotonic() - started >= 0.39 - 0.05, "40 MB at 100 MB/s, less the burst"
+
+
+def test_without_a_pace_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", None)  # calling it would fail
+    Pace(None).take(1 << 40)
+
+
+def test_a_pace_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CKPT_ENGINE_STAGING_BYTES_PER_SECOND"
+    monkeypatch.setenv(name, "fast")
+    with pytest.raises(UsageError, match="fast"):
+        Pace.of_environment()
+    monkeypatch.setenv(name, "1000000")
+    pace = Pace.of_environment()
+    started = time.monotonic()
+    for _ in range(2):
+        pace.take(200_000)
+    assert time.monotonic() - started >= 0.1
