@@ -171,6 +171,19 @@ def test_a_queue_that_stays_full_ends_with_the_deadline(
         assert num_fds() == fds
 
 
+def test_the_socket_of_a_process_that_was_killed_goes_and_that_of_a_busy_one_stays(
+    listener: tuple[socket.socket, str], socket_folder: Path
+) -> None:
+    server, address = listener
+    dead, dead_address = listen()
+    dead.close()
+    with crowd(server, address):
+        other, other_address = listen()
+        other.close()
+    names = {name.removeprefix(f"ipc://{socket_folder}/") for name in (address, other_address)}
+    assert set(os.listdir(socket_folder)) == names, dead_address
+
+
 # Who is there
 
 

@@ -6,9 +6,10 @@ import gc
 
 import torch
 import torch.distributed as dist
-from ps_tools import commands, digests, say, serve
+from ps_tools import digests
 
 from checkpoint_engine.worker import update_weights_from_ipc
+from children import commands, say, serve
 
 
 class Model:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from ps_tools import DEVICE, Handles, digests, say, serve, version
+from ps_tools import DEVICE, Handles, digests, version
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
@@ -19,6 +19,7 @@ from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.transport.rendezvous import Log
 from checkpoint_engine.update import conductor
 from checkpoint_engine.worker import update_weights_from_ipc
+from children import say, serve
 
 
 class Model:

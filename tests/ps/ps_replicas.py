@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 import torch
-from ps_tools import TIMEOUT_SECONDS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from children import TIMEOUT_SECONDS
 
 START_SECONDS = 120.0
 PROMPT = [3, 1, 4, 1, 5]

@@ -24,6 +24,7 @@ from checkpoint_engine.errors import CheckpointEngineError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.worker import update_weights_from_ipc
+from children import python_path
 
 Engines = tuple[EngineProcess, EngineProcess]
 
@@ -212,6 +213,7 @@ def test_bad_input_is_refused_alike_without_asserts(own_records: Path) -> None:
     for options in ([], ["-O"]):
         done = subprocess.run(
             [sys.executable, *options, str(HERE / "ps_bad_inputs.py")],
+            env={**os.environ, **python_path()},
             capture_output=True,
             text=True,
             timeout=60,

@@ -9,19 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from ps_tools import (
-    DEVICE,
-    EngineProcess,
-    Handles,
-    digests,
-    free_port,
-    register,
-    version,
-)
+from ps_tools import DEVICE, EngineProcess, Handles, digests, register, version
 
 from checkpoint_engine.errors import UpdateFailed, UsageError
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.registry import Registry
+from children import free_port
 
 Engines = tuple[EngineProcess, EngineProcess]
 SHORT = timedelta(seconds=2)

@@ -7,10 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from ps_tools import EngineProcess, digests, register, version, wait_until
+from ps_tools import EngineProcess, digests, register, version
 
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
+from children import wait_until
 
 Engines = tuple[EngineProcess, EngineProcess]
 

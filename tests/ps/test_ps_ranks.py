@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from ps_tools import Child, digests, free_port, version
+from ps_tools import digests, version
+
+from children import Child, free_port
 
 Ranks = list[Child]
 
@@ -32,7 +34,7 @@ def start_ranks(socket_folder: Any) -> Iterator[Callable[..., Ranks]]:
             ranks: Ranks = [
                 stack.enter_context(
                     Child(
-                        "ps_rank.py",
+                        "ps/ps_rank.py",
                         RANK=str(rank),
                         WORLD_SIZE=str(len(hosts)),
                         MASTER_ADDR="127.0.0.1",
@@ -270,7 +272,7 @@ def test_ranks_whose_coordinator_dies_end_and_their_engines_keep_their_base(
 
 def test_ranks_are_met_by_arguments_too(start_ranks: Callable[..., Ranks]) -> None:
     port = free_port()
-    with Child("ps_rank.py") as first, Child("ps_rank.py") as second:
+    with Child("ps/ps_rank.py") as first, Child("ps/ps_rank.py") as second:
         met = call_all(
             [first, second],
             "meet",

@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from ps_replicas import ReplicaProcess, greedy, weights
-from ps_tools import DEVICE, Child, EngineProcess, Handles, wait_until
+from ps_tools import DEVICE, EngineProcess, Handles
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
+from children import Child, wait_until
 
 Replicas = tuple[ReplicaProcess, ReplicaProcess]
 Engines = tuple[EngineProcess, EngineProcess]
@@ -175,7 +176,7 @@ def test_a_replica_whose_server_is_killed_returns_to_its_base_by_itself(
     """Killed when the replica has applied and waits, and nobody is left to decide."""
     replica, slow = replicas[0], engines[0]
     digest = bring(server, 1, replica)
-    with Child("ps_rank.py") as doomed:
+    with Child("ps/ps_rank.py") as doomed:
         doomed.call("meet")
         doomed.call("register_model", name="step-2", seed=2)
         doomed.send("update_engines", name="step-2", endpoints=[replica.url], others=1)

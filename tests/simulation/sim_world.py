@@ -254,7 +254,8 @@ class Leader(Process):
         update = f"update {self.world.number}"
         if any(decision.step == "publish" for decision in decided):
             self.world.check_publish()
-        for decision in record(decided, self._coordinator, self._registry, update, self.clock.now):
+        told = record(decided, self._coordinator, self._registry, update, lambda: self.clock.now)
+        for decision in told:
             for rank in self.world.ranks:
                 rank.decisions.send(decision)
             if decision.step == "end":

@@ -54,7 +54,7 @@ def test_every_wait_has_a_deadline() -> None:
     scene.play(scene.offer, APPLY, PUBLISH)
     greeting, for_apply, for_publish = scene.waited
     assert 0 < greeting <= DEADLINES.ready_seconds
-    assert (for_apply, for_publish) == (DEADLINES.ready_seconds, DEADLINES.pause_seconds)
+    assert (for_apply, for_publish) == (DEADLINES.ready_seconds, DEADLINES.decision_seconds)
     assert scene.adapter.paused_for == DEADLINES.pause_seconds
 
 

@@ -99,6 +99,7 @@ class Rendezvous:
 
     def scope(self, name: str) -> Rendezvous:
         """Keys of their own under `name`, over the same connection."""
+        self._refresh()
         return self._child(self.store, f"{self._prefix}{name}/", [])
 
     def group_store(self, name: str) -> Store:
@@ -126,6 +127,7 @@ class Rendezvous:
     def gather(self, key: str, value: bytes, timeout_seconds: float) -> list[bytes]:
         """Every rank's value, in the order of ranks; all ranks call it equally often."""
         deadline = time.monotonic() + timeout_seconds
+        self._refresh()
         number = self.offer(key, value)
         return [
             self.get(f"{key}/{number}/{rank}", deadline - time.monotonic())
@@ -159,6 +161,7 @@ class Rendezvous:
 
     def clear(self) -> None:
         """Delete every key that this object and its forks set. Nobody may need them any more."""
+        self._refresh()
         while self._keys:
             self._call(self._keys.pop(), self.store.delete_key)
 
@@ -167,12 +170,21 @@ class Rendezvous:
             store, self.rank, self.world_size, prefix=prefix, keys=keys, idle=self._idle
         )
 
+    def _refresh(self) -> None:
+        """Connect again if the connection broke, as it does when the link was down for long."""
+        if not _works(self.store):
+            self.store = self._connection()
+
     def _connection(self) -> Store:
+        while self._idle:
+            store = self._idle.pop()
+            if _works(store):
+                return store
         try:
-            return self._idle.pop()
-        except IndexError:
             clone: Store = self.store.clone()  # type: ignore[attr-defined]
-            return clone
+        except RuntimeError as error:
+            raise PeerLost(f"the rank that keeps the shared keys is gone: {error}") from error
+        return clone
 
     def _delete(self, key: str) -> None:
         for number in range(int(self._call(key, self.store.get))):
@@ -223,6 +235,14 @@ class Log:
         entry = self._rendezvous.get(f"{self._name}/{self._num_read + 1}", timeout_seconds)
         self._num_read += 1
         return entry
+
+
+def _works(store: Store) -> bool:
+    try:
+        store.check(["any"])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _connect(host: str, port: int, *, is_master: bool) -> Store:

@@ -16,6 +16,7 @@ import stat
 import struct
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from checkpoint_engine.errors import HandoverError
@@ -66,14 +67,21 @@ def socket_dir() -> Path:
 def listen() -> tuple[socket.socket, str]:
     """A listening socket under a fresh name, and its address (`ipc://...`).
 
-    The caller owns the socket and unlinks the path when done.
+    The caller owns the socket and unlinks the path when done. What processes that were killed have
+    left in the folder goes.
     """
-    path = socket_dir() / secrets.token_hex(8)
+    folder = socket_dir()
+    # Other hosts may share the folder, and only this one can tell which of its sockets are dead.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:6]
+    _sweep(folder.glob(f"{boot}*"))
+    path = folder / f"{boot}{secrets.token_hex(5)}"
+    coming = path.with_name(f".{path.name}")  # until it listens it looks dead
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        listener.bind(str(path))
-        path.chmod(0o600)
+        listener.bind(str(coming))
+        coming.chmod(0o600)
         listener.listen(BACKLOG)
+        coming.rename(path)
     except OSError as error:
         listener.close()
         raise HandoverError(f"{path}: cannot listen: {error}") from error
@@ -125,6 +133,19 @@ def check_peer(connection: socket.socket) -> None:
         raise HandoverError(
             f"the peer runs as uid {uid}; allowed are {os.getuid()}, 0 and CKPT_ENGINE_ALLOW_UIDS"
         )
+
+
+def _sweep(paths: Iterable[Path]) -> None:
+    """Unlink the sockets that nobody listens at any more: a process that is killed leaves its."""
+    for path in paths:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)  # a busy listener is not dead
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue
 
 
 def _allowed_uids() -> set[int]:

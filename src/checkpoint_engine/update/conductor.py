@@ -293,7 +293,7 @@ def _decide(
             decided = coordinator.expire(time.monotonic())
         else:
             decided = coordinator.on(decode(entry, Event), time.monotonic())
-        yield from record(decided, coordinator, registry, opening.update, time.monotonic())
+        yield from record(decided, coordinator, registry, opening.update)
 
 
 class Recorder(Protocol):
@@ -311,7 +311,7 @@ def record(
     coordinator: Coordinator,
     registry: Recorder,
     update: str,
-    now: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Decision]:
     """Write down what was decided; returns what may now be told.
 
@@ -323,14 +323,18 @@ def record(
         try:
             if decision.step == "publish":
                 registry.publish(update)
+                if clock() > coordinator.decision_deadline:
+                    raise DeadlineExceeded(
+                        "it was recorded too late: who has applied no longer waits"
+                    )
             elif decision.report is not None:
                 report = msgspec.json.encode(decision.report)
                 registry.finish(update, decision.report.outcome, report)
         except Exception as error:
             failure = RemoteError.of(error, "registry")
             if decision.step == "publish":
-                vetoed = coordinator.veto(failure, now)
-                return [*recorded, *record(vetoed, coordinator, registry, update, now)]
+                vetoed = coordinator.veto(failure, clock())
+                return [*recorded, *record(vetoed, coordinator, registry, update, clock)]
             assert decision.report is not None, "only a publish and the end are recorded"
             degraded = (*decision.report.degraded, str(failure))
             ending = msgspec.structs.replace(decision.report, degraded=degraded)

@@ -12,6 +12,7 @@ before `apply` is free to abort; after `publish` nothing is rolled back any more
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -95,6 +96,7 @@ class _Worker:
     quarantined: bool = False
     way_back: str | None = None
     applied: Applied | None = None
+    applied_at: float = math.inf
     pause_seconds: float | None = None
     error: RemoteError | None = None
     spans: list[Span] = field(default_factory=list)
@@ -151,6 +153,12 @@ class Coordinator:
         if self._phase == "entering" and self._must_settle() and self._now < self._settled_at:
             return min(self._deadline, self._settled_at)
         return self._deadline
+
+    @property
+    def decision_deadline(self) -> float:
+        """Until when everyone that is to publish still waits to hear so."""
+        first = min((worker.applied_at for worker in self._active()), default=math.inf)
+        return first + self._opening.deadlines.decision_seconds
 
     def on(self, event: Event, now: float) -> list[Decision]:
         """Take one event in; returns the decisions that follow, in order."""
@@ -253,7 +261,7 @@ class Coordinator:
                 message = "the replica has no way back, and --require-rollback was given"
                 self._refuse(worker, "UpdateRefused", message)
         elif isinstance(vote, Applied):
-            worker.state, worker.applied = "applied", vote
+            worker.state, worker.applied, worker.applied_at = "applied", vote, now
         elif isinstance(vote, Confirmed):
             worker.state = "unconfirmed" if vote.error else "published"
             worker.error, worker.pause_seconds = vote.error, vote.pause_seconds

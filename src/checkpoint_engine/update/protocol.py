@@ -75,6 +75,15 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     pause_seconds: float
     return_seconds: float
 
+    @property
+    def decision_seconds(self) -> float:
+        """How long whoever has applied waits for "publish".
+
+        Longer than the slowest is waited for, or a decision to go on without it would come too
+        late for the others.
+        """
+        return 1.25 * self.pause_seconds
+
     @classmethod
     def of(cls, timeout_seconds: float, num_bytes: int) -> Deadlines:
         """Deadlines within a user's timeout: no pause longer than ten seconds and 0.5 GB/s."""

@@ -137,7 +137,7 @@ def session(adapter: Adapter, attachments: Attachments) -> Steps[Outcome]:
         yield from _enter(adapter, attachments, offer, progress)
         yield from _await("apply", offer.deadlines.ready_seconds)
         yield from _apply(adapter, offer, progress)
-        yield from _await("publish", offer.deadlines.pause_seconds)
+        yield from _await("publish", offer.deadlines.decision_seconds)
     except Exception as error:
         return (yield from _withdraw(adapter, offer, progress, error))
     return (yield from _publish(adapter, offer, progress))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fleet import Fleet, Start, starter
+
+from children import Child
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_for_truth() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def start_toys() -> Iterator[Start]:
+    """Starts toy replicas and trainers; a socket's path must be short."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    with Child("faults/nursery.py") as nursery:
+        yield starter(nursery, folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_fleet(start_toys: Start) -> Iterator[Fleet]:
+    """Three replicas and one trainer, for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    toys = Fleet(start_toys, folder, num_replicas=3)
+    yield toys
+    toys.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
+    """Two replicas on two hosts, whose ranks share no memory, for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    toys = Fleet(start_toys, folder, num_replicas=2, hosts=("a", "b"))
+    yield toys
+    toys.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def hosts(toy_hosts: Fleet) -> Fleet:
+    """Mended, whatever the test before has left."""
+    return mended(toy_hosts)
+
+
+@pytest.fixture
+def fleet(toy_fleet: Fleet) -> Fleet:
+    """Mended, whatever the test before has left."""
+    return mended(toy_fleet)
+
+
+def mended(fleet: Fleet) -> Fleet:
+    fleet.go_on()
+    fleet.start_the_dead()
+    fleet.recover()
+    return fleet

@@ -1,0 +1,371 @@
+"""Toy replicas, the parameter server that updates them, and what must hold whatever went wrong.
+
+fleet = Fleet(start, folder, num_replicas=3)
+fleet.replicas["replica 0"].call("arm", point="apply", what="kill")
+outcomes = fleet.update(timeout=1.0)
+fleet.check()                                   # true, served, mended, nothing left over
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from link import Link
+from toy import Truth, label, truth
+
+from children import Child, Talker, free_port, wait_until
+
+SHORT_SECONDS = 0.5  # of an update in which a deadline is to pass
+TIMEOUT_SECONDS = 30.0  # of an update that nothing disturbs: a slow machine may take its time
+END_SECONDS = 10.0
+MOST_SEGMENTS = 3  # the version that is served, the one before, and one that is coming
+
+
+class Forked(Talker):
+    """A process that the nursery has forked."""
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid, self._descriptor = pid, os.pidfd_open(pid)
+        self._connection = connection
+        super().__init__(connection.makefile("w"), connection.makefile("r"))
+
+    @property
+    def alive(self) -> bool:
+        return self._descriptor >= 0 and not self._ended_within(0)
+
+    @property
+    def stopped(self) -> bool:
+        status = Path(f"/proc/{self.pid}/status")
+        return self.alive and "State:\tT" in status.read_text()
+
+    def signal(self, number: int) -> None:
+        signal.pidfd_send_signal(self._descriptor, number)
+
+    def kill(self) -> None:
+        if self.alive:
+            self.signal(signal.SIGKILL)
+            assert self._ended_within(END_SECONDS)
+        self.close()
+
+    def close(self) -> None:
+        """End it as its user would; whatever does not end is killed."""
+        if self._descriptor < 0:
+            return
+        self.hang_up()
+        self._connection.shutdown(socket.SHUT_WR)
+        if not self._ended_within(END_SECONDS):
+            self.signal(signal.SIGKILL)
+        self._reader.join(END_SECONDS)
+        self._answers.close()
+        self._connection.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _ended_within(self, seconds: float) -> bool:
+        return bool(select.select([self._descriptor], [], [], seconds)[0])
+
+
+Start = Callable[..., Forked]
+
+
+def starter(nursery: Child, folder: Path) -> Start:
+    """Starts processes of a role, with variables of their own."""
+
+    def start(role: str, env: dict[str, str], **arguments: Any) -> Forked:
+        address = tempfile.mktemp(dir=folder)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            listener.settimeout(END_SECONDS)
+            pid = nursery.call("fork", role=role, address=address, env=env, arguments=arguments)
+            connection, _ = listener.accept()
+        os.unlink(address)
+        return Forked(pid, connection)
+
+    return start
+
+
+class Fleet:
+    """Replicas are called in turn by the ranks, of which each has the host that is named for it."""
+
+    def __init__(
+        self, start: Start, folder: Path, *, num_replicas: int, hosts: Sequence[str] = ("a",)
+    ) -> None:
+        self.start, self.folder, self.hosts = start, folder, hosts
+        self.sockets, self.state = folder / "s", folder / "state"
+        self.addresses = {f"replica {n}": str(folder / f"r{n}") for n in range(num_replicas)}
+        self._last_seed = 0
+        self.replicas: dict[str, Forked] = {}
+        self.ranks: list[Forked] = []
+        self.link: Link | None = None  # from the other ranks to the first
+        self.start_the_dead()
+
+    @property
+    def trainer(self) -> Forked:
+        """The coordinator's process."""
+        return self.ranks[0]
+
+    @property
+    def newest(self) -> str:
+        """The label of the version that was offered last."""
+        return label(self._last_seed)
+
+    @property
+    def offered(self) -> dict[str, Truth]:
+        """Whatever a replica may truthfully serve, by its digest."""
+        truths = [truth(seed) for seed in range(self._last_seed + 1)]
+        return {one.digest: one for one in truths}
+
+    def start_the_dead(self, **env: str) -> None:
+        """Start what was killed, and nothing else. Ranks know each other: they start together."""
+        for name, address in self.addresses.items():
+            known = self.replicas.get(name)
+            if known is None or not known.alive:
+                if known is not None:
+                    known.close()
+                Path(address).unlink(missing_ok=True)
+                self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
+                wait_until(Path(address).exists)
+        if not self.ranks or not all(rank.alive for rank in self.ranks):
+            for rank in self.ranks:
+                rank.kill()
+            self.ranks = self._start_ranks(env)
+
+    def make_trainer(self, folder: Path) -> Forked:
+        """Another trainer of these replicas, with a record of its own."""
+        env = {"CKPT_ENGINE_SOCKET_DIR": str(self.sockets), "CKPT_ENGINE_STATE_DIR": str(folder)}
+        return self.start("trainer", env)
+
+    def register(self) -> int:
+        """A new version, on every rank; returns its seed."""
+        self._last_seed += 1
+        self.all("register", seed=self._last_seed)
+        return self._last_seed
+
+    def begin(self, seed: int, *, timeout: float = TIMEOUT_SECONDS, **options: Any) -> list[int]:
+        """Let all ranks update their replicas; returns what `finish` waits for."""
+        addresses = list(self.addresses.values())
+        return [
+            rank.send(
+                "update",
+                seed=seed,
+                replicas=addresses[number :: len(self.ranks)],
+                timeout=timeout,
+                **options,
+            )
+            for number, rank in enumerate(self.ranks)
+        ]
+
+    def finish(self, numbers: Sequence[int]) -> dict[str, Any] | None:
+        """The coordinator's outcome, None if it died; the others' are the same.
+
+        One that stands still goes on when no replica waits for it any more.
+        """
+        while not self.trainer.has_answered(numbers[0]):
+            if self.trainer.stopped:
+                self.go_on(self.replicas.values())
+                self.serving()
+                self.go_on()
+            time.sleep(0.005)
+        outcome: dict[str, Any] | None = None
+        for rank, number in zip(self.ranks, numbers, strict=True):
+            try:
+                result = rank.result(number)
+            except RuntimeError as error:
+                result = None if rank.ended else {"outcome": "failed", "error": str(error)}
+            if rank is self.trainer:
+                outcome = result
+                self.go_on()  # what stands still must not hold up the other ranks for ever
+        return outcome
+
+    def update(self, **options: Any) -> dict[str, Any] | None:
+        """A new version to all; returns the outcome, None if the coordinator died."""
+        return self.finish(self.begin(self.register(), **options))
+
+    def begin_by(self, rival: Forked, replicas: Sequence[str] = ()) -> int:
+        """Let another trainer register a version and update some replicas, or all."""
+        self._last_seed += 1
+        rival.call("register", seed=self._last_seed)
+        addresses = [self.addresses[name] for name in replicas or self.addresses]
+        arguments = {"seed": self._last_seed, "replicas": addresses, "timeout": TIMEOUT_SECONDS}
+        return rival.send("update", **arguments)
+
+    def update_by(self, rival: Forked, replicas: Sequence[str] = ()) -> dict[str, Any]:
+        outcome: dict[str, Any] = rival.result(self.begin_by(rival, replicas))
+        return outcome
+
+    def arm(self, name: str, point: str, what: str) -> None:
+        """Let a replica, or "rank 0", meet a fault in the next update."""
+        processes = {f"rank {number}": rank for number, rank in enumerate(self.ranks)}
+        (processes | self.replicas)[name].call("arm", point=point, what=what)
+
+    def all(self, do: str, **arguments: Any) -> None:
+        numbers = [rank.send(do, **arguments) for rank in self.ranks]
+        for rank, number in zip(self.ranks, numbers, strict=True):
+            rank.result(number)
+
+    # ── what must hold ──────────────────────────────────────────────────────────────────────
+
+    def check(self) -> None:
+        """See the issue: after any fault whatsoever.
+
+        Every live replica serves exactly one version, names it truthfully and answers; the next
+        update reaches all without a restart of anything but what was killed; nothing is left over.
+        """
+        self.go_on()
+        self.serving()
+        self.start_the_dead()
+        self.recover()
+        before = {name: replica.pid for name, replica in self.replicas.items()}
+        for _ in range(2):  # the second lets go of what the first went on holding as its way back
+            outcome = self.update()
+            assert outcome is not None
+            assert (outcome["outcome"], outcome["error"]) == ("published", None)
+            assert set(self.serving().values()) == {self.newest}
+        assert before == {name: replica.pid for name, replica in self.replicas.items()}
+        self._check_nothing_left()
+
+    def go_on(self, processes: Iterable[Forked] = ()) -> None:
+        """Whoever was stopped goes on, and the link is up, now that deadlines have passed."""
+        if self.link is not None:
+            self.link.up()
+        for process in processes or [*self.ranks, *self.replicas.values()]:
+            if process.stopped:
+                process.signal(signal.SIGCONT)
+
+    def recover(self) -> None:
+        """Faults that were not met are forgotten, and limits lifted."""
+        for process in [*self.ranks, *self.replicas.values()]:
+            process.call("recover")
+            process.forget()
+
+    def serving(self) -> dict[str, str]:
+        """The label of each live replica that serves, after its truth was checked.
+
+        One that says that it is torn is of no version, and does not serve.
+        """
+        labels = {}
+        for name, replica in self.replicas.items():
+            if replica.alive:
+                info = self._settled(replica)
+                if info["state"] == "torn":
+                    assert info["base"] is None
+                    assert replica.call("ask") == {"refused": "torn"}
+                    continue
+                assert info["digest"] in self.offered, f"{name} serves a mixture"
+                said = self.offered[info["digest"]]
+                assert info["label"] == said.label, f"{name} lies about its version"
+                assert info["digest"] == info["served_digest"] == info["base"]
+                if info["state"] == "quarantined":
+                    assert replica.call("ask") == {"refused": "quarantined"}
+                    continue
+                assert info["state"] == "serving"
+                self._check_answer(replica, said)
+                labels[name] = said.label
+        return labels
+
+    def _settled(self, replica: Forked) -> dict[str, Any]:
+        """What it says of itself, once no update is under way there."""
+        infos: list[dict[str, Any]] = []
+
+        def is_settled() -> bool:
+            infos.append(replica.call("info"))
+            return infos[-1]["state"] != "updating"
+
+        wait_until(is_settled, "an update's end")
+        return infos[-1]
+
+    def _check_answer(self, replica: Forked, said: Truth) -> None:
+        answered = replica.call("ask")
+        assert answered["label"] == said.label
+        assert abs(answered["answer"] - said.answer) < 1e-3, "another version's weights answer"
+
+    def _check_nothing_left(self) -> None:
+        """Descriptors and maps of each process, files, sockets and processes."""
+        assert {path.name for path in self.state.iterdir()} <= {
+            "registry.sqlite", "registry.sqlite-wal", "registry.sqlite-shm"
+        }  # fmt: skip
+        wait_until(
+            lambda: len(os.listdir(self.sockets)) == len(self.ranks), "the end of dead sockets"
+        )
+        for process in [*self.ranks, *self.replicas.values()]:
+            assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""
+        deadline = time.monotonic() + END_SECONDS
+        while found := self.leftovers():
+            assert time.monotonic() < deadline, "; ".join(found)
+            time.sleep(0.005)
+
+    def leftovers(self) -> list[str]:
+        """What a process holds and has no reason to."""
+        replicas = {name: Holdings(replica.pid) for name, replica in self.replicas.items()}
+        found = [
+            f"{name} holds {held}"
+            for name, held in replicas.items()
+            # Its commands, its listener, and the lease of each map, which has a descriptor.
+            if held.num_sockets != 2 + held.num_maps or held.num_memories != held.num_maps
+        ]
+        if len(self.ranks) == 1:
+            held = Holdings(self.trainer.pid)
+            num_leases = sum(replica.num_maps for replica in replicas.values())
+            # Its commands, its door, and the other end of each lease; two descriptors a segment.
+            if held.num_sockets != 2 + num_leases or held.num_memories != 2 * held.num_maps:
+                found.append(f"the trainer holds {held} for {num_leases} leases")
+            if held.num_maps > MOST_SEGMENTS:
+                found.append(f"the trainer holds {held}")
+        return found
+
+    def close(self) -> None:
+        self.go_on()
+        for process in [*self.ranks, *self.replicas.values()]:
+            process.close()
+        if self.link is not None:
+            self.link.close()
+
+    def _start_ranks(self, env: dict[str, str]) -> list[Forked]:
+        env = {
+            "CKPT_ENGINE_SOCKET_DIR": str(self.sockets),
+            "CKPT_ENGINE_STATE_DIR": str(self.state),
+            **env,
+        }
+        if len(self.hosts) == 1:
+            return [self.start("trainer", env)]
+        port = free_port()
+        if self.link is not None:
+            self.link.close()
+        self.link = Link(port)
+        ranks = []
+        for rank, host in enumerate(self.hosts):
+            reached_at = self.link.port if rank else port
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(len(self.hosts)), "CKPT_ENGINE_HOST": host}
+            # A rank keeps to the port after the trainer's own.
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reached_at - 1)}
+            ranks.append(self.start("trainer", env))
+        return ranks
+
+
+class Holdings:
+    """What a process holds, as the kernel tells it."""
+
+    def __init__(self, pid: int) -> None:
+        links = []
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                links.append(os.readlink(descriptor))
+            except FileNotFoundError:
+                continue  # closed meanwhile
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        self.num_sockets = len({link for link in links if link.startswith("socket:")})
+        self.num_memories = len([link for link in links if "memfd:ckpt-engine" in link])
+        self.num_maps = len(set(re.findall(r" (\d+) +/memfd:ckpt-engine", maps)))
+
+    def __repr__(self) -> str:
+        return f"{self.num_sockets} sockets, {self.num_memories} memfds, {self.num_maps} maps"

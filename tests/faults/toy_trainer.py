@@ -1,0 +1,136 @@
+"""A rank of a parameter server, which updates toy replicas and dies where it is told to."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+from toy import Faults, ask, label, lift, make_model
+
+from checkpoint_engine.errors import UpdateFailed
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.registry import Registry, state_dir
+from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.update import conductor
+from children import serve
+
+CALL_SECONDS = 30.0
+GRACE_SECONDS = 10.0
+
+Handles = Any
+
+
+class Trainer:
+    """The commands."""
+
+    def __init__(self) -> None:
+        self._faults = Faults()
+        self._make_fragile()
+        self._server = ParameterServer()
+
+    def arm(self, point: str, what: str) -> None:
+        self._faults.arm(point, what)
+
+    def recover(self) -> None:
+        self._faults.disarm()
+        lift(resource.RLIMIT_FSIZE)
+
+    def register(self, seed: int) -> None:
+        """This rank's share of a version; the memory of those before is used again."""
+        tensors = list(make_model(seed).state_dict().items())
+        share = dict(tensors[self._server.rank :: self._server.world_size])
+        self._server.register_checkpoint(
+            label(seed), named_tensors=share, use_shared_memory_pool=True
+        )
+        self._server.gather_metas(label(seed))
+
+    def flip(self, seed: int) -> None:
+        """Bad memory: one bit of what was registered."""
+        self._server._store[label(seed)].memory[0] ^= 1
+
+    def unregister(self, seed: int) -> None:
+        self._server.unregister_checkpoint(label(seed), force=True)
+
+    def update(
+        self, seed: int, replicas: list[str], timeout: float, **options: Any
+    ) -> dict[str, Any]:
+        """Make these replicas take a version; returns the report, and the error if any."""
+        try:
+            report = self._server.update(
+                label(seed),
+                [_request(path) for path in replicas],
+                timeout=timedelta(seconds=timeout),
+                **options,
+            )
+        except UpdateFailed as failure:
+            return {"error": str(failure), **msgspec.to_builtins(failure.report)}
+        return {"error": None, **msgspec.to_builtins(report)}
+
+    def settle(self) -> list[tuple[str, str]]:
+        """What became of the updates that a coordinator before this one did not finish."""
+        registry = self._server._open_registry()
+        ended = {record.id for record in registry.settle()}
+        return [(r.version, r.outcome or "") for r in registry.history() if r.id in ended]
+
+    def history(self) -> list[dict[str, Any]]:
+        registry = Registry(state_dir() / "registry.sqlite")
+        try:
+            return [msgspec.to_builtins(record) for record in registry.history()]
+        finally:
+            registry.close()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _make_fragile(self) -> None:
+        """Every place at which a coordinator may die."""
+        faults = self._faults
+        conductor.GRACE_SECONDS = GRACE_SECONDS
+        conductor.deliver = before(conductor.deliver, lambda: faults.strike("staging"))
+        Registry.start = before(Registry.start, lambda: faults.strike("opening"))
+        Registry.start = after(Registry.start, lambda: faults.strike("started"))
+        Registry.publish = before(Registry.publish, lambda: faults.strike("deciding"))
+        Registry.publish = after(Registry.publish, lambda: faults.strike("decided"))
+        Collective.broadcast = before(Collective.broadcast, lambda: faults.strike("moving"))
+        points = {"Proceedapply": "applying", "Proceedpublish": "telling"}
+        faults.after_message(Channel, points)
+
+
+def before(function: Callable[..., Any], strike: Callable[[], None]) -> Any:
+    def struck(*arguments: Any, **named: Any) -> Any:
+        strike()
+        return function(*arguments, **named)
+
+    return struck
+
+
+def after(function: Callable[..., Any], strike: Callable[[], None]) -> Any:
+    def struck(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        strike()
+        return result
+
+    return struck
+
+
+def _request(path: str) -> Callable[[Handles], None]:
+    """The call of one replica, which answers when the update is over for it."""
+
+    def request(handles: Handles) -> None:
+        handle = handles[int(os.environ.get("RANK", "0"))][1]
+        said = ask(path, handle, CALL_SECONDS).strip()
+        if said != "published":
+            raise RuntimeError(said or "the replica hung up")
+
+    return request
+
+
+def main() -> None:
+    trainer = Trainer()
+    serve(trainer)
+    trainer.close()
