@@ -53,8 +53,11 @@ class Talker:
         with self._changed:
             self._num_commands += 1
             number = self._num_commands
-            self._commands.write(json.dumps({"id": number, "do": do, **arguments}) + "\n")
-            self._commands.flush()
+            try:
+                self._commands.write(json.dumps({"id": number, "do": do, **arguments}) + "\n")
+                self._commands.flush()
+            except BrokenPipeError:
+                raise RuntimeError("the process died") from None
         return number
 
     def call(self, do: str, **arguments: Any) -> Any:
@@ -107,10 +110,12 @@ class Talker:
         return messages[0]
 
     def _read(self) -> None:
-        for line in self._answers:
-            with self._changed:
-                self._heard.append(json.loads(line))
-                self._changed.notify_all()
+        # Whoever dies with a command unread resets its connection.
+        with contextlib.suppress(ConnectionResetError):
+            for line in self._answers:
+                with self._changed:
+                    self._heard.append(json.loads(line))
+                    self._changed.notify_all()
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -98,7 +98,8 @@ def tight_limits() -> Iterator[None]:
     kinds = (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)
     limits = [resource.getrlimit(kind) for kind in kinds]
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, limits[0][1]))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1][1]))
+    # Enough for what other tests still hold.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1][1]))
     yield
     for kind, limit in zip(kinds, limits, strict=True):
         resource.setrlimit(kind, limit)

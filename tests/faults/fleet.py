@@ -255,37 +255,57 @@ class Fleet:
         """
         labels = {}
         for name, replica in self.replicas.items():
-            if replica.alive:
-                info = self._settled(replica)
-                if info["state"] == "torn":
-                    assert info["base"] is None
-                    assert replica.call("ask") == {"refused": "torn"}
-                    continue
-                assert info["digest"] in self.offered, f"{name} serves a mixture"
-                said = self.offered[info["digest"]]
-                assert info["label"] == said.label, f"{name} lies about its version"
-                assert info["digest"] == info["served_digest"] == info["base"]
-                if info["state"] == "quarantined":
-                    assert replica.call("ask") == {"refused": "quarantined"}
-                    continue
-                assert info["state"] == "serving"
-                self._check_answer(replica, said)
-                labels[name] = said.label
+            try:
+                label = self._served(name, replica) if replica.alive else None
+            except RuntimeError:
+                if not replica.ended:
+                    raise
+                continue  # it has died meanwhile
+            if label is not None:
+                labels[name] = label
         return labels
+
+    def _served(self, name: str, replica: Forked) -> str | None:
+        info = self._settled(replica)
+        if info["state"] == "torn":
+            assert info["base"] is None
+            assert self._ask(replica, "ask") == {"refused": "torn"}
+            return None
+        assert info["digest"] in self.offered, f"{name} serves a mixture"
+        said = self.offered[info["digest"]]
+        assert info["label"] == said.label, f"{name} lies about its version"
+        assert info["digest"] == info["served_digest"] == info["base"]
+        if info["state"] == "quarantined":
+            assert self._ask(replica, "ask") == {"refused": "quarantined"}
+            return None
+        assert info["state"] == "serving"
+        self._check_answer(replica, said)
+        return said.label
 
     def _settled(self, replica: Forked) -> dict[str, Any]:
         """What it says of itself, once no update is under way there."""
         infos: list[dict[str, Any]] = []
 
         def is_settled() -> bool:
-            infos.append(replica.call("info"))
+            infos.append(self._ask(replica, "info"))
             return infos[-1]["state"] != "updating"
 
         wait_until(is_settled, "an update's end")
         return infos[-1]
 
+    def _ask(self, replica: Forked, do: str) -> Any:
+        """What it answers, even if a fault stops it at this moment."""
+        number = replica.send(do)
+
+        def has_answered() -> bool:
+            self.go_on([replica])
+            return replica.has_answered(number)
+
+        wait_until(has_answered, "its answer")
+        return replica.result(number)
+
     def _check_answer(self, replica: Forked, said: Truth) -> None:
-        answered = replica.call("ask")
+        answered = self._ask(replica, "ask")
         assert answered["label"] == said.label
         assert abs(answered["answer"] - said.answer) < 1e-3, "another version's weights answer"
 

@@ -60,7 +60,7 @@ class Blow:
     @classmethod
     def drawn(cls, seed: int, number: int) -> Blow:
         draw = random.Random(f"{seed}/{number}")
-        who = draw.sample([f"replica {n}" for n in range(NUM_REPLICAS)] + ["rank 0"] * 2, 2)
+        who = draw.sample(["rank 0", *(f"replica {n}" for n in range(NUM_REPLICAS))], 2)
         policy: dict[str, Any] = {"on_failure": draw.choice(["rollback", "quarantine"])}
         if policy["on_failure"] == "quarantine":
             policy["min_replicas"] = draw.randint(1, NUM_REPLICAS)
@@ -69,7 +69,7 @@ class Blow:
             known = TRAINER_FAULTS if name == "rank 0" else REPLICA_FAULTS
             point = draw.choice(list(known))
             faults.append((name, point, draw.choice(known[point])))
-        if draw.random() < 0.1:  # one that cannot go back is torn
+        if who[0] != "rank 0" and draw.random() < 0.2:  # one that cannot go back is torn
             faults += [(who[0], "roll_back", "raise")]
         return cls(tuple(faults), draw.random() < 0.05, policy)
 
@@ -89,7 +89,9 @@ def strike(fleet: Fleet, blow: Blow) -> str:
         fleet.trainer.call("flip", seed=version)
     outcome = fleet.finish(fleet.begin(version, timeout=TIMEOUT_SECONDS, **blow.policy))
     fleet.check()
-    return outcome["outcome"] if outcome is not None else "the coordinator died"
+    if outcome is None:
+        return "the coordinator died"
+    return ": ".join([outcome["outcome"], *(outcome["error"] or "").splitlines()[:1]])
 
 
 def storm(fleet: Fleet, seed: int, numbers: Iterable[int]) -> None:
@@ -120,9 +122,8 @@ def main() -> None:
         storm(fleet, options.seed, numbers)
         fleet.close()
     shutil.rmtree(folder)
-    print(
-        f"{len(numbers)} faults in {time.monotonic() - began:.0f} s: every replica told the truth"
-    )
+    seconds = time.monotonic() - began
+    print(f"{len(numbers)} faults in {seconds:.0f} s: every replica told the truth")
 
 
 if __name__ == "__main__":

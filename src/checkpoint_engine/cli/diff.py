@@ -117,7 +117,7 @@ def _order(change: Change) -> tuple[bool, float, str]:
 def _show(changes: Sequence[Change]) -> None:
     if not changes:
         return
-    table = new_table("tensor", "", "elements", "max |Δ|", "relative L2")
+    table = new_table("tensor", "", "elements", "max |Δ|", "rel. L2")
     table.columns[0].overflow = "fold"
     for change in changes:
         share = change.changed_share

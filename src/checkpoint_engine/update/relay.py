@@ -37,6 +37,8 @@ from checkpoint_engine.update.protocol import (
 
 __all__ = ["Action", "Relay", "Tell"]
 
+VOTES = (Ready, Applied, Confirmed)
+
 
 @dataclass(frozen=True)
 class Tell:
@@ -47,7 +49,6 @@ class Tell:
 
 
 Action = Event | Tell
-VOTES = (Ready, Applied, Confirmed)  # in this order, unless one is a no
 
 
 @dataclass
@@ -55,11 +56,11 @@ class _Line:
     """A connection to one session."""
 
     follower: bool
+    num_votes: int = 0
     offered: bool = False
     said_no: bool = False
     told_last: bool = False
     closed: bool = False
-    num_votes: int = 0
 
 
 class Relay:
@@ -93,12 +94,14 @@ class Relay:
         """A session has voted.
 
         Raises:
-            ProtocolError: another vote was due, which the coordinator would wait for in vain.
+            ProtocolError: another vote was due; the coordinator would wait out this one.
         """
         line = self._lines[name]
-        due = () if line.said_no else (VOTES[line.num_votes], Withdrawn)
-        if not isinstance(vote, due):
-            raise ProtocolError(f"{type(vote).__name__} is not the vote that was due")
+        if line.said_no:
+            raise ProtocolError(f"{type(vote).__name__} came after a no")
+        due = VOTES[line.num_votes]
+        if not isinstance(vote, (due, Withdrawn)):
+            raise ProtocolError(f"{due.__name__} was due, not {type(vote).__name__}")
         line.num_votes += 1
         actions: list[Action] = [Voted(session=name, vote=vote)]
         line.closed = isinstance(vote, Confirmed)
