@@ -327,7 +327,7 @@ class ParameterServer:
             found = [v for v in versions if v.version == label] if label else versions[1:2]
             chosen = msgspec.msgpack.encode(found[:1])
         chosen = self._rendezvous.gather("rollback", chosen, MEET_SECONDS)[0]
-        targets = msgspec.msgpack.decode(chosen, type=list[PublishedVersion])
+        targets: list[PublishedVersion] = decode(chosen, list[PublishedVersion])
         if not targets:
             what = (
                 f"no version {label!r} was published" if label else "nothing was published before"
@@ -353,7 +353,7 @@ class ParameterServer:
         gathered = self._rendezvous.gather(
             "probe", msgspec.msgpack.encode(verdict), probe.window_seconds + MEET_SECONDS
         )
-        verdict = msgspec.msgpack.decode(gathered[0], type=RemoteError | None)
+        verdict = decode(gathered[0], RemoteError | None)
         if verdict is None:
             return result
         try:

@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -43,6 +43,9 @@ create table if not exists updates (
 UNFINISHED = """
 create index if not exists unfinished on updates (epoch) where finished_at is null
 """
+
+
+Struct = TypeVar("Struct", bound=msgspec.Struct)
 
 
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,8 +208,7 @@ class Registry:
             "order by max(epoch) desc limit ?) order by epoch desc",
             limit,
         )
-        fields = PublishedVersion.__struct_fields__
-        return [PublishedVersion(**dict(zip(fields, row, strict=True))) for row in rows]
+        return self._structs(PublishedVersion, rows)
 
     def close(self) -> None:
         """Close the file."""
@@ -216,11 +218,14 @@ class Registry:
     def _records(self, where: str, *parameters: object) -> list[UpdateRecord]:
         fields = UpdateRecord.__struct_fields__
         query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
-        rows = self._rows(query, *parameters)
-        named = [dict(zip(fields, row, strict=True)) for row in rows]
+        return self._structs(UpdateRecord, self._rows(query, *parameters))
+
+    def _structs(self, kind: type[Struct], rows: list[tuple[Any, ...]]) -> list[Struct]:
+        """SQLite's columns hold values of any type, whatever was declared."""
+        named = [dict(zip(kind.__struct_fields__, row, strict=True)) for row in rows]
         try:
-            return msgspec.convert(named, list[UpdateRecord])
-        except msgspec.ValidationError as error:  # SQLite's columns hold values of any type
+            return msgspec.convert(named, list[kind])  # type: ignore[valid-type]
+        except msgspec.ValidationError as error:
             raise UsageError(f"{self._path}: not usable as a registry: {error}") from error
 
     def _change(self, update: str, statement: str, *parameters: object) -> None:

@@ -19,20 +19,33 @@ from core_tools import TIMEOUT_SECONDS, Background, num_fds, wait_until
 from e2e_server import Server
 
 from checkpoint_engine import ParameterServer, engine_requests
-from checkpoint_engine.errors import ProtocolError, UpdateFailed
+from checkpoint_engine.errors import ProtocolError, RemoteError, UpdateFailed
+from checkpoint_engine.manifest import Version
 from checkpoint_engine.transport.channel import Channel
 from checkpoint_engine.transport.handover import Hold, LetGo
 from checkpoint_engine.update.protocol import (
     PROTOCOL,
     Applied,
     Confirmed,
+    Deadlines,
     FromSession,
     Hello,
+    Offer,
     Proceed,
     Ready,
+    Vote,
+    Withdrawn,
 )
+from checkpoint_engine.update.relay import Relay
 
 HELLO = Hello(protocol=PROTOCOL, replica="r", engine="e", rank=0, world_size=1)
+READY = Ready(way_back="none")
+APPLIED = Applied(digest="0" * 64, served_digest="0" * 64)
+WITHDRAWN = Withdrawn(error=RemoteError(type="T", message="no"))
+OFFER = Offer(
+    update="u", epoch=1, version=Version(label="v", digest="d"), manifest=b"", parts=(),
+    deadlines=Deadlines.of(60, 0),
+)  # fmt: skip
 GREETING = envelope(HELLO)
 TAGGED = b"\x82\xa4type\xa5Ready\xa8way_back"  # {"type": "Ready", "way_back": ...
 
@@ -232,8 +245,8 @@ def test_an_update_goes_through_in_the_middle_of_it(
 @pytest.mark.parametrize(
     "vote",
     [
-        Ready(way_back="none"),
-        Applied(digest="0" * 64, served_digest="0" * 64),
+        READY,
+        APPLIED,
         Confirmed(pause_seconds=0),
         HELLO,
     ],
@@ -260,6 +273,18 @@ def test_votes_out_of_order_publish_nothing(
 
     with nothing_changes(unguarded), pytest.raises(UpdateFailed, match=r"aborted|rolled back"):
         server.update("v1", attacked, timeout=timedelta(seconds=60))
+
+
+@pytest.mark.parametrize("before", [[], [READY], [READY, APPLIED]], ids=len)
+@pytest.mark.parametrize("vote", [READY, APPLIED, WITHDRAWN], ids=lambda vote: type(vote).__name__)
+def test_nobody_votes_after_a_no(before: list[Vote], vote: Vote) -> None:
+    relay = Relay(0, OFFER)
+    name, _ = relay.joined(HELLO)
+    for one in (*before, WITHDRAWN):
+        relay.voted(name, one)
+    with pytest.raises(ProtocolError, match="came after a no"):
+        relay.voted(name, vote)
+    assert relay.is_open(name), "it is still to hear whether it is quarantined"
 
 
 def honest_call(replica: Server) -> Callable[[Any], None]:

@@ -90,16 +90,20 @@ def test_another_user_squats_the_name_of_the_default_folder(
         assert list(squatted.iterdir()) == []
 
 
-def test_a_name_that_was_squatted_is_not_taken_over(
+def test_a_symlink_in_the_place_of_a_socket_is_not_followed(
     socket_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names cannot be guessed; even so, what is there is neither replaced nor listened at."""
-    monkeypatch.setattr("secrets.token_hex", lambda _: "squatted")
-    path = socket_dir() / "squatted"
-    path.symlink_to(socket_folder / "elsewhere")
+    """Names cannot be guessed; even so, nothing is made where somebody made them lead."""
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    listener, address = listen()
+    listener.close()
+    path = Path(address.removeprefix("ipc://"))
+    path.unlink()
+    coming = path.with_name(f".{path.name}")  # where it is bound before it is shown
+    coming.symlink_to(socket_folder / "elsewhere")
     with pytest.raises(HandoverError, match=r"cannot listen: .*in use"):
         listen()
-    assert path.is_symlink()
+    assert coming.is_symlink()
     assert not (socket_folder / "elsewhere").exists()
 
 

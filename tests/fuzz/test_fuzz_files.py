@@ -169,7 +169,7 @@ TEXTS = ("version", "digest", "owner", "outcome")
 
 @fuzzed(
     st.tuples(
-        st.sampled_from(UpdateRecord.__struct_fields__),
+        st.sampled_from((*UpdateRecord.__struct_fields__, "report")),
         st.none()
         | st.integers(-(1 << 63), (1 << 63) - 1)
         | st.floats()
@@ -183,6 +183,7 @@ def test_records(folder: Path, case: tuple[str, Any]) -> None:
     path.unlink(missing_ok=True)
     registry = Registry(path)
     registry.start("u", 1, "v", "d")
+    registry.publish("u")
     column, value = case
     # What SQLite itself refuses is not in the file.
     with (
@@ -193,6 +194,7 @@ def test_records(folder: Path, case: tuple[str, Any]) -> None:
     forger.close()
     try:
         records = registry.history()
+        registry.versions()
         registry.settle()
     except UsageError:
         assert not (column in TEXTS and isinstance(value, str)), "what may be is taken"

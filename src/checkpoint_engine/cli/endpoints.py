@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import MALFORMED, UsageError
 
 if TYPE_CHECKING:
     import httpx
@@ -64,7 +64,7 @@ async def _digests(url: str, timeout_seconds: float) -> WeightDigests | str:
         return f"HTTP {answer.status_code}: {answer.text[:200]}"
     try:
         return msgspec.json.decode(answer.content, type=WeightDigests)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         return f"not a replica of ours: {error}"
 
 

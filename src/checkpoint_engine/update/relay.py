@@ -97,6 +97,8 @@ class Relay:
             ProtocolError: another vote was due; the coordinator would wait out this one.
         """
         line = self._lines[name]
+        if line.said_no:
+            raise ProtocolError(f"{type(vote).__name__} came after a no")
         due = VOTES[line.num_votes]
         if not isinstance(vote, (due, Withdrawn)):
             raise ProtocolError(f"{due.__name__} was due, not {type(vote).__name__}")
