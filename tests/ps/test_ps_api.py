@@ -76,6 +76,8 @@ ANY = object()
                 "on_failure": "rollback",
                 "min_replicas": 1,
                 "require_rollback": False,
+                "base": None,
+                "probe": None,
                 "report": None,
             },
         ),

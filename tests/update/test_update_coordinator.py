@@ -661,6 +661,18 @@ def test_a_policy_says_what_is_wrong_with_it(on_failure: str, min_replicas: int)
         Policy(on_failure, min_replicas)
 
 
+def test_whoever_says_hello_to_an_update_that_has_stopped_keeps_its_base() -> None:
+    play = Play()
+    play.staged(num_requests=2)
+    play.join("a")
+    play.join("b")
+    play.withdrawn("a")
+    play.withdrawn("b")
+    play.join("late")
+    play.return_all(2)
+    assert play.outcomes == {"a": "kept", "b": "kept", "late": "kept"}
+
+
 def test_an_update_that_a_replica_had_to_leave_in_doubt_is_reported() -> None:
     play = Play()
     play.staged(open_ended=False)

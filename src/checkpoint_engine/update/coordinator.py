@@ -106,14 +106,17 @@ class _Worker:
         return self.state in ("kept", "torn", "lost")
 
     def report(self, request_error: RemoteError | None) -> ReplicaReport:
-        """How it ended; a request that failed after all means that the engine did not confirm."""
-        outcome = self.state
+        """How it ended; a request that failed after all means that the engine did not confirm.
+
+        Whoever is still under way is told to stop, or hung up on: it keeps its base.
+        """
+        outcome = "kept" if self.state in ("joined", "ready", "applied") else self.state
         if outcome == "unconfirmed" or (outcome == "published" and request_error):
             outcome = "published_unconfirmed"
         return ReplicaReport(
             name=self.hello.replica,
             rank=self.rank,
-            outcome="quarantined" if self.quarantined and self.state == "kept" else outcome,
+            outcome="quarantined" if self.quarantined and outcome == "kept" else outcome,
             digest=self.applied.digest if self.applied and not self.gone else self.hello.base,
             served_digest=self.applied.served_digest if self.applied and not self.gone else None,
             way_back=self.way_back,
