@@ -47,6 +47,7 @@ F_ADD_SEALS = 1033
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 
 PAGE_BYTES = mmap.PAGESIZE
+RELEASE_SECONDS = 0.1
 
 
 class Segment:
@@ -161,6 +162,7 @@ class Store:
         self._retain = retain
         self._budget_bytes = budget_bytes
         self._lock = threading.RLock()
+        self._released = threading.Condition(self._lock)
         self._shards: dict[str, Shard] = {}
         self._segments: list[Segment] = []
         self._coming: set[str] = set()
@@ -274,6 +276,7 @@ class Store:
 
     def _idle(self, segment: Segment) -> None:
         with self._lock:
+            self._released.notify_all()
             keeps = segment.pooled and not self._closed
             if not keeps and segment in self._segments:
                 self._free([segment])
@@ -282,12 +285,22 @@ class Store:
         return [s for s in self._segments if s.pooled and s.num_leases == 0]
 
     def _idle_segment(self, num_bytes: int) -> Segment | None:
-        """The smallest idle segment that fits; those too small to fit are returned."""
-        idle = self._idle_pool()
-        fitting = [segment for segment in idle if segment.capacity_bytes >= num_bytes]
-        if fitting:
-            return min(fitting, key=lambda segment: segment.capacity_bytes)
-        self._free(idle)
+        """The smallest idle segment that fits; those too small to fit are returned.
+
+        A replica that has let go of one may not have been heard yet: new memory costs more, and for
+        longer, than to listen for a moment.
+        """
+        fitting = [s for s in self._segments if s.pooled and s.capacity_bytes >= num_bytes]
+
+        def idle() -> list[Segment]:
+            return [segment for segment in fitting if segment.num_leases == 0]
+
+        registered = [shard.segment for shard in self._shards.values()]
+        if any(segment not in registered for segment in fitting):
+            self._released.wait_for(idle, RELEASE_SECONDS)
+        if found := idle():
+            return min(found, key=lambda segment: segment.capacity_bytes)
+        self._free(self._idle_pool())
         return None
 
     def _free(self, segments: Sequence[Segment]) -> None:

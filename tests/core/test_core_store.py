@@ -427,3 +427,12 @@ def test_its_owner_can_write_and_others_read(segment: Segment) -> None:
 
 def test_its_descriptor_does_not_survive_exec(segment: Segment) -> None:
     assert not os.get_inheritable(segment.descriptor)
+
+
+def test_memory_that_is_let_go_of_in_this_moment_is_used_again(store: Store) -> None:
+    """What a replica lets go of is heard a little later than that the update is over."""
+    first = store.allocate(4096, pooled=True)
+    releasing = threading.Timer(0.02, first.release)
+    releasing.start()
+    assert store.allocate(4096, pooled=True) is first
+    releasing.join()

@@ -28,6 +28,16 @@ WARMUP_SHARE = 0.25
 PROMPTS = [(5, 17, 250, 3), (1, 2, 3)]
 MIB = 1 << 20
 
+# By how much a quantity may grow: a factor, and something for short runs. Time is only looked at in
+# long ones; a few updates are as noisy as the machine.
+SLACK = {
+    "memory, MiB": (1.02, 2),
+    "descriptors": (1.0, 2),
+    "threads": (1.0, 2),
+    "maps of versions": (1.0, 1),
+    "update, ms": (1.3, 0) if NUM_UPDATES >= 1000 else (1e9, 0),
+}
+
 Curves = dict[str, dict[str, list[float]]]
 
 
@@ -83,14 +93,12 @@ def test_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_flat(curves: Curves) -> None:
     """The last quarter is as the second: the first is for caches to fill and pools to grow."""
+    grown = []
     for quantity, of_process in curves.items():
         for name, values in of_process.items():
             quarter = max(1, int(len(values) * WARMUP_SHARE))
             before, after = median(values[quarter : 2 * quarter]), median(values[-quarter:])
             print(f"{quantity:18} {name:10} {before:9.1f} -> {after:9.1f}")
-            if quantity == "memory, MiB":
-                assert after <= before * 1.02 + 2, (quantity, name)
-            elif quantity != "update, ms":
-                assert after <= before + 2, (quantity, name)
-            elif NUM_UPDATES >= 1000:  # fewer are as noisy as the machine
-                assert after <= before * 1.3, (quantity, name)
+            if after > before * SLACK[quantity][0] + SLACK[quantity][1]:
+                grown.append((quantity, name, before, after))
+    assert grown == []
