@@ -27,7 +27,6 @@ from typing import Any
 import msgspec
 
 __all__ = [
-    "MALFORMED",
     "AdapterError",
     "CheckpointEngineError",
     "DeadlineExceeded",
