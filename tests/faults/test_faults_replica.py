@@ -127,7 +127,7 @@ def test_a_replica_without_memory_for_its_way_back_refuses(fleet: Fleet) -> None
     old = bring(fleet)
     fleet.replicas[VICTIM].kill()
     fleet.start_the_dead()
-    fleet.arm(VICTIM, "prepare", "no memory")
+    fleet.arm(VICTIM, "snapshot", "no memory")
     outcome = fleet.update()
     assert outcome is not None
     assert (outcome["outcome"], fate(outcome)) == ("aborted", "kept")

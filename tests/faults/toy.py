@@ -119,8 +119,13 @@ def lift(what: int) -> None:
 
 
 def _no_memory() -> None:
+    """An allocation fails; only this one, as Python hangs if a thread's start is refused memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit(resource.RLIMIT_AS, pages * resource.getpagesize())
+    try:
+        torch.empty(1 << 30, dtype=torch.uint8)
+    finally:
+        lift(resource.RLIMIT_AS)
 
 
 def _cut() -> None:

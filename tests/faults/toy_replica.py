@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import queue
-import resource
 import threading
 import time
 from contextlib import suppress
 from typing import Any
 
-from toy import Faults, answer, label, lift, listening, make_model
+from toy import Faults, answer, label, listening, make_model
 
 from checkpoint_engine.adapters import transformers
 from checkpoint_engine.adapters.base import Identity, Served
@@ -35,6 +34,15 @@ class Adapter(transformers.TransformersAdapter):
     """The real one, which may fail before it does what it is asked."""
 
     faults: Faults
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._take_snapshot = self._live.snapshot
+        self._live.snapshot = self._snapshot
+
+    def _snapshot(self) -> Any:
+        self.faults.strike("snapshot")
+        return self._take_snapshot()
 
     def prepare(self, *arguments: Any) -> str:
         self.faults.strike("prepare")
@@ -126,9 +134,8 @@ class Replica:
         self._faults.arm(point, what)
 
     def recover(self) -> None:
-        """Forget a fault that was not met, and lift limits."""
+        """Forget a fault that was not met."""
         self._faults.disarm()
-        lift(resource.RLIMIT_AS)
 
     def ask(self) -> dict[str, Any]:
         return self._server.ask()

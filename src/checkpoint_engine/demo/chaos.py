@@ -20,7 +20,7 @@ from checkpoint_engine.demo.fleet import Fleet
 from checkpoint_engine.errors import UsageError
 from checkpoint_engine.update.conductor import Request
 
-__all__ = ["MIN_REPLICAS", "MIN_STEPS", "Chaos"]
+__all__ = ["Chaos", "check_chaos"]
 
 REFUSED_STEP, DEADLY_STEP = 2, 3
 MIN_STEPS, MIN_REPLICAS = DEADLY_STEP + 1, 2
@@ -28,16 +28,16 @@ REFUSING, VICTIM = 0, 1
 WATCH_SECONDS = 30.0
 
 
+def check_chaos(num_steps: int, num_replicas: int) -> None:
+    """Raise UsageError if these are too few to show it."""
+    if num_steps < MIN_STEPS or num_replicas < MIN_REPLICAS:
+        raise UsageError(f"chaos needs {MIN_STEPS} steps and {MIN_REPLICAS} replicas")
+
+
 class Chaos:
-    """Which requests bring trouble at which step.
+    """Which requests bring trouble at which step."""
 
-    Raises:
-        UsageError: too few steps or replicas to show it.
-    """
-
-    def __init__(self, fleet: Fleet, requests: Sequence[Request], num_steps: int) -> None:
-        if num_steps < MIN_STEPS or len(fleet.replicas) < MIN_REPLICAS:
-            raise UsageError(f"chaos needs {MIN_STEPS} steps and {MIN_REPLICAS} replicas")
+    def __init__(self, fleet: Fleet, requests: Sequence[Request]) -> None:
         self._fleet, self._requests = fleet, list(requests)
 
     def requests(self, step: int) -> list[Request]:

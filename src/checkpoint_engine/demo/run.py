@@ -24,7 +24,7 @@ import msgspec
 import torch
 
 from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.demo.chaos import Chaos
+from checkpoint_engine.demo.chaos import Chaos, check_chaos
 from checkpoint_engine.demo.fleet import Fleet, Replica, Traffic, new_token
 from checkpoint_engine.demo.trainer import Rollout, Trainer
 from checkpoint_engine.errors import AdapterError, UpdateFailed
@@ -145,7 +145,10 @@ def run_demo(
     Raises:
         UpdateFailed: an update was not published.
         PeerLost: a replica died.
+        UsageError: too few steps or replicas for chaos.
     """
+    if chaos:
+        check_chaos(steps, num_replicas)
     torch.set_num_threads(1)  # the replicas need the other cores
     trainer = Trainer(seed)
     timeline = Timeline("trainer")
@@ -204,7 +207,7 @@ class _Plan:
 
     def train(self, steps: int, tell: Callable[[Event], None]) -> list[StepDone]:
         requests = engine_requests(self.fleet.endpoints, rank=0, world_size=1)
-        trouble = Chaos(self.fleet, requests, steps) if self.chaos else None
+        trouble = Chaos(self.fleet, requests) if self.chaos else None
         done: list[StepDone] = []
         for step in range(1, steps + 1):
             done.append(self._step(step, trouble.requests(step) if trouble else requests))
