@@ -44,8 +44,11 @@ class Forked(Talker):
 
     @property
     def stopped(self) -> bool:
-        status = Path(f"/proc/{self.pid}/status")
-        return self.alive and "State:\tT" in status.read_text()
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it died just now
+            return False
+        return self.alive and "State:\tT" in status
 
     def signal(self, number: int) -> None:
         signal.pidfd_send_signal(self._descriptor, number)
