@@ -274,12 +274,16 @@ class PeerClient:
         self._closed = threading.Event()
         self._renewing: threading.Thread | None = None
         self._context = zmq.Context()
-        self._line = Line(
-            self._context,
-            peer.address,
-            max_message_bytes=MAX_ANSWER_BYTES,
-            server_key=peer.key,
-        )
+        try:
+            self._line = Line(
+                self._context,
+                peer.address,
+                max_message_bytes=MAX_ANSWER_BYTES,
+                server_key=peer.key,
+            )
+        except HandoverError:
+            self._context.destroy(linger=0)
+            raise
 
     def __enter__(self) -> PeerClient:
         """The client itself."""

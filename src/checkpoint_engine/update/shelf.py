@@ -227,7 +227,7 @@ def survey(version: Version) -> Survey:
             for answer in answers
             if answer is not None and answer.digest == version.digest
             for copy in answer.copies
-            if copy.source < len(version.sources)
+            if 0 <= copy.source < len(version.sources)
         ),
         lost=tuple(source for source, answer in enumerate(answers) if answer is None),
     )
