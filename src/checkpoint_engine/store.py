@@ -40,7 +40,7 @@ from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 from checkpoint_engine.plan.layout import lay_out
 from checkpoint_engine.sources.base import Source
 
-__all__ = ["Segment", "Shard", "Store"]
+__all__ = ["Segment", "Shard", "Store", "digest_in_place"]
 
 # Not in `fcntl` and `mmap` before Python 3.13; the values are the kernel's.
 F_ADD_SEALS = 1033
@@ -244,6 +244,25 @@ class Store:
             segment.acquire()
             return segment
 
+    def lack(self, num_bytes: int, *, pooled: bool) -> str:
+        """Why a version of so many bytes is better not staged here; "" if it may be.
+
+        A host that stages keeps two copies beside the engines: the new version, and the one to go
+        back to. Memory that is allocated already is one of them, or is used again.
+        """
+        with self._lock:
+            idle = self._idle_pool() if pooled else []
+            used = self.allocated_bytes
+            reused = max((segment.capacity_bytes for segment in idle), default=0)
+            free, budget = _available_bytes(), self._budget_bytes
+        if reused >= num_bytes:
+            return ""
+        if budget is not None and num_bytes > budget - used + reused:
+            return f"{_gb(num_bytes)} do not fit in the {_gb(budget - used)} left of the budget"
+        if num_bytes > free or 2 * num_bytes > free + used:
+            return f"{_gb(num_bytes)} do not fit twice in {_gb(free + used)} of memory"
+        return ""
+
     def unregister(self, label: str, *, force: bool = False) -> None:
         """Forget a version. Its memory is free once no update and no replica leases it.
 
@@ -323,8 +342,17 @@ class Store:
             )
 
 
-def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -> Manifest:
-    """Read every chunk into its place and digest it while it is in the cache."""
+def digest_in_place(source: Source) -> Manifest:
+    """Read a source once, to digest it, and keep nothing of it.
+
+    Raises:
+        SourceError: the source contradicts itself or cannot be read.
+    """
+    return _fill(lay_out(source.specs()), source, None)
+
+
+def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview | None) -> Manifest:
+    """Read every chunk into its place, if it has one, and digest it while it is in the cache."""
     pace = Pace.of_environment()
     starts = {tensor.offset: tensor for tensor in reversed(tensors) if tensor.length}
     digests: dict[int, list[bytes]] = {offset: [] for offset in starts}
@@ -334,8 +362,10 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -
         return [(chunk.tensor, digest_pieces(read_pieces(chunk))) for chunk in bucket.chunks]
 
     def read_pieces(chunk: Chunk) -> Iterator[memoryview]:
+        scratch = memoryview(bytearray(PIECE_BYTES if memory is None else 0))
         for start in range(chunk.offset, chunk.end, PIECE_BYTES):
-            piece = memory[start : min(start + PIECE_BYTES, chunk.end)]
+            end = min(start + PIECE_BYTES, chunk.end)
+            piece = scratch[: end - start] if memory is None else memory[start:end]
             pace.take(len(piece))
             source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
             yield piece
@@ -375,6 +405,10 @@ def _fault_in(memory: mmap.mmap) -> None:
             raise
         for start in range(0, len(memory), PAGE_BYTES):
             memory[start] = 0
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _available_bytes() -> int:

@@ -41,6 +41,7 @@ from checkpoint_engine.update.protocol import (
 )
 from checkpoint_engine.update.sessions import Door, Sessions
 from checkpoint_engine.update.staging import Version, deliver, parts_on
+from checkpoint_engine.update.streaming import files_for
 
 __all__ = ["Conductor", "Recorder", "Request", "record"]
 
@@ -122,7 +123,7 @@ class Conductor:
             update=f"{epoch}-{number}",
             epoch=epoch,
             version=VersionName(label=self.label, digest=digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, num_bytes),
+            deadlines=Deadlines.of(self.timeout_seconds, num_bytes, streamed=self.version.streamed),
         )
         registry.start(start.update, epoch, self.label, digest)
         opening = Opening(
@@ -133,6 +134,8 @@ class Conductor:
             world_size=scope.world_size,
             deadlines=start.deadlines,
             base=self.base,
+            mode="streamed" if self.version.streamed else "staged",
+            why=self.version.why,
         )
         thread = threading.Thread(
             target=_coordinate,
@@ -180,6 +183,7 @@ class Conductor:
                 version=start.version,
                 manifest=version.manifest.to_msgpack() if version.manifest else b"",
                 parts=parts_on(version, host, names[lead].decode()),
+                files=files_for(rank, version.metas),
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
             )

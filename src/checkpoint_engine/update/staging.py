@@ -37,6 +37,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
         address: where the rank listens; also the handle that its engine is given.
         device_uuid: of the device whose engine looks for that handle.
         segment: name of the segment that holds the shard; "" if it registered nothing.
+        files: name of the files that hold it instead; "" unless it is to be streamed.
+        why: what decided between the two.
     """
 
     rank: int
@@ -45,6 +47,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
     device_uuid: str
     segment: str
     manifest: Manifest
+    files: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,16 @@ class Version:
         """A version that every replica still has in memory from before."""
         return cls(digest, num_bytes, None, (), tuple(metas), Hosts.of(metas))
 
+    @property
+    def streamed(self) -> bool:
+        """Whether engines read it from files instead of staged memory."""
+        return any(meta.files for meta in self.metas)
+
+    @property
+    def why(self) -> str:
+        """What decided that."""
+        return next((meta.why for meta in self.metas if meta.why), "")
+
     def foreign_runs(self, host: int) -> list[tuple[Run, int]]:
         """The runs that a host must receive, each with its place in the memory they go to."""
         placed, start = [], 0
@@ -110,6 +124,8 @@ class Version:
 
 def parts_on(version: Version, host: int, received: str) -> tuple[Part, ...]:
     """Where the version's bytes lie on a host, once its lead has received `received`."""
+    if version.streamed:
+        return ()
     lead = version.metas[version.hosts.lead(host)]
     places = {run.offset: start for run, start in version.foreign_runs(host)}
     parts = []
