@@ -251,16 +251,16 @@ class Store:
         back to. Memory that is allocated already is one of them, or is used again.
         """
         with self._lock:
-            idle = self._idle_pool() if pooled else []
             used = self.allocated_bytes
-            reused = max((segment.capacity_bytes for segment in idle), default=0)
-            free, budget = _available_bytes(), self._budget_bytes
-        if reused >= num_bytes:
+            retiring = [self[label].segment for label in self._surplus(self._retain - 1)]
+            idle = self._idle_pool() + [s for s in retiring if s.num_leases == 1]
+        if pooled and any(segment.capacity_bytes >= num_bytes for segment in idle):
             return ""
-        if budget is not None and num_bytes > budget - used + reused:
-            return f"{_gb(num_bytes)} do not fit in the {_gb(budget - used)} left of the budget"
+        free, budget = _available_bytes(), self._budget_bytes
+        if budget is not None and num_bytes > budget - used:
+            return f"{_size(num_bytes)} do not fit in the {_size(budget - used)} left of the budget"
         if num_bytes > free or 2 * num_bytes > free + used:
-            return f"{_gb(num_bytes)} do not fit twice in {_gb(free + used)} of memory"
+            return f"{_size(num_bytes)} do not fit twice in {_size(free + used)} of memory"
         return ""
 
     def unregister(self, label: str, *, force: bool = False) -> None:
@@ -289,9 +289,13 @@ class Store:
 
     def _retire(self, keep: int) -> None:
         with self._lock:
-            pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
-            for label in pooled[: max(0, len(pooled) - keep)]:
+            for label in self._surplus(keep):
                 self.unregister(label)
+
+    def _surplus(self, keep: int) -> list[str]:
+        """The oldest pooled versions, without the last `keep`."""
+        pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
+        return pooled[: max(0, len(pooled) - keep)]
 
     def _idle(self, segment: Segment) -> None:
         with self._lock:
@@ -407,18 +411,22 @@ def _fault_in(memory: mmap.mmap) -> None:
             memory[start] = 0
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _available_bytes() -> int:
+def _available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What this process may still allocate: the host's memory or its control group's."""
-    available = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
+    available = [_entry(Path("/proc/meminfo"), "MemAvailable:", sys.maxsize) * 1024]
     limit = group / "memory.max"
     if limit.exists() and (maximum := limit.read_text().strip()) != "max":
-        available.append(int(maximum) - int((group / "memory.current").read_text()))
-    return min(available, default=sys.maxsize)
+        used = int((group / "memory.current").read_text())
+        # Files that were read stay until somebody needs their memory.
+        available.append(int(maximum) - used + _entry(group / "memory.stat", "inactive_file", 0))
+    return min(available)
+
+
+def _entry(table: Path, name: str, default: int) -> int:
+    """The number beside a name."""
+    lines = (line.split() for line in table.read_text().splitlines())
+    return next((int(line[1]) for line in lines if line[0] == name), default)

@@ -246,12 +246,12 @@ def write(
         VerificationError, SourceError: what was read for a target is not what it should be.
     """
 
-    def write_group(group: Sequence[_Piece]) -> list[bytes]:
+    def in_time(piece: _Piece) -> bytes:
         if time.monotonic() > deadline:
             raise DeadlineExceeded("the new weights could not be read and written in time")
-        return [_write(piece, digest) for piece in group]
+        return _write(piece, digest)
 
-    results = pool.map(write_group, plan.groups)
+    results = pool.map(lambda group: [in_time(piece) for piece in group], plan.groups)
     written: dict[Storage, bytes] = {}
     for group, digests in zip(plan.groups, results, strict=True):
         for piece, live in zip(group, digests, strict=True):
