@@ -147,7 +147,7 @@ def test_frames(case: tuple[bytes, int]) -> None:
         (Held | Refused, [Held(True), Refused("no")]),
         (Handed | NoFiles, [Handed(file=FILE, num_left=1), NoFiles()]),
     ],
-    ids=["from a session", "from a rank", "from an owner"],
+    ids=["from a session", "from a rank", "from an owner", "with files"],
 )
 @fuzzed(st.data())
 def test_bodies(kinds: Any, valid: list[Any], case: st.DataObject) -> None:
