@@ -12,13 +12,13 @@ from ps_replicas import ReplicaProcess, save_model, weights
 from ps_tools import EngineProcess, digests, version
 from safetensors.torch import load_file, save_file
 from test_ps_ranks import call_all
-from test_ps_replicas import calls, check_serves
+from test_ps_replicas import calls, check_serves, is_paused
 
 from checkpoint_engine.errors import UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.update.streaming import check_modes
-from children import Child, free_port
+from children import Child, free_port, wait_until
 
 Engines = tuple[EngineProcess, EngineProcess]
 Replicas = tuple[ReplicaProcess, ReplicaProcess]
@@ -181,6 +181,30 @@ def test_replicas_are_brought_forward_and_back_to_what_was_streamed(
     assert {r.way_back for r in failure.value.report.replicas} == {"source", "none"}
     for replica in replicas:
         check_serves(replica, 1, report.digest)
+
+
+def test_replicas_go_back_by_themselves_when_the_rank_dies(
+    server: ParameterServer, rank: Child, replicas: Replicas, engines: Engines, tmp_path: Path
+) -> None:
+    """Their weights are the new ones already, an engine is still loading, and files are gone."""
+    replica, slow = replicas[0], engines[0]
+    paths = [save_weights(tmp_path / str(seed), seed) for seed in (1, 2)]
+    report = server.update(register(server, 1, paths[0]), calls(replica))
+    server.close()
+    rank.call("register_files", name="step-2", files=[str(paths[1])], mode="streamed")
+    rank.send("update_engines", name="step-2", endpoints=[replica.url], others=1)
+    handle = rank.wait_for("called")["handle"]
+    loading = slow.send("update", handle=handle, behaviour="block")
+    slow.wait_for("loading")
+    wait_until(lambda: is_paused(replica), "the pause")
+    for path in paths:
+        path.unlink()
+    rank.kill()
+    wait_until(lambda: replica.health[1] == "serving", "the way back")
+    check_serves(replica, 1, report.digest)
+    slow.send("go")
+    with pytest.raises(RuntimeError, match="not published"):
+        slow.result(loading)
 
 
 def test_a_file_that_was_written_into_changes_nothing(
