@@ -447,7 +447,7 @@ class ParameterServer:
         """The group of the hosts' leads, if this is one and there is something to send."""
         hosts = version.hosts
         host = hosts.of_rank[self.rank]
-        if version.streamed or len(hosts.names) == 1 or hosts.lead(host) != self.rank:
+        if version.mode == "streamed" or len(hosts.names) == 1 or hosts.lead(host) != self.rank:
             return None
         if not self._auto_pg:
             raise UsageError("auto_pg is off: call init_process_group before update")

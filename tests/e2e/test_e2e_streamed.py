@@ -42,6 +42,7 @@ def test_a_streamed_update_says_what_a_fresh_start_says_and_goes_back(
     assert [replica["way_back"] for replica in report["replicas"]] == ["source"]
     done = run("rollback", *at)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["mode"] == "kept"
     assert server.info()["served_digest"] == expected, "read from the files of a dead server"
 
 

@@ -123,7 +123,7 @@ class Conductor:
             update=f"{epoch}-{number}",
             epoch=epoch,
             version=VersionName(label=self.label, digest=digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, num_bytes, streamed=self.version.streamed),
+            deadlines=Deadlines.of(self.timeout_seconds, num_bytes, mode=self.version.mode),
         )
         registry.start(start.update, epoch, self.label, digest)
         opening = Opening(
@@ -134,7 +134,7 @@ class Conductor:
             world_size=scope.world_size,
             deadlines=start.deadlines,
             base=self.base,
-            mode="streamed" if self.version.streamed else "staged",
+            mode=self.version.mode,
             why=self.version.why,
         )
         thread = threading.Thread(

@@ -86,12 +86,12 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
         return 1.25 * self.pause_seconds
 
     @classmethod
-    def of(cls, timeout_seconds: float, num_bytes: int, *, streamed: bool = False) -> Deadlines:
+    def of(cls, timeout_seconds: float, num_bytes: int, *, mode: str = "staged") -> Deadlines:
         """Deadlines within a user's timeout.
 
-        No pause is longer than ten seconds and 0.5 GB/s, or 0.1 GB/s where a disk is read in it.
+        No pause is longer than ten seconds and 0.5 GB/s, or 0.1 GB/s where a disk may be read.
         """
-        bytes_per_second = 0.1e9 if streamed else 0.5e9
+        bytes_per_second = 0.5e9 if mode == "staged" else 0.1e9
         pause_seconds = min(timeout_seconds, 10 + num_bytes / bytes_per_second)
         return cls(
             ready_seconds=timeout_seconds,
@@ -299,10 +299,10 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What an update did. `bytes` is the version's size, `bytes_sent` what left a host's memory.
 
-    `mode`: "staged", or "streamed", and then `why`. `outcome`: "published", "rolled_back" (weights
-    had changed and were changed back) or "aborted" (none had). `degraded` names followers that
-    failed. `verified` is True when every published replica recomputed the version's digest from its
-    live parameters.
+    `mode`: "staged"; "streamed", and then `why`; or "kept", back to what each replica still had.
+    `outcome`: "published", "rolled_back" (weights had changed and were changed back) or "aborted"
+    (none had). `degraded` names followers that failed. `verified` is True when every published
+    replica recomputed the version's digest from its live parameters.
     """
 
     update: str

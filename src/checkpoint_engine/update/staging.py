@@ -103,9 +103,11 @@ class Version:
         return cls(digest, num_bytes, None, (), tuple(metas), Hosts.of(metas))
 
     @property
-    def streamed(self) -> bool:
-        """Whether engines read it from files instead of staged memory."""
-        return any(meta.files for meta in self.metas)
+    def mode(self) -> str:
+        """Where engines find it: "staged" in memory, "streamed" from files, "kept" by them."""
+        if self.manifest is None:
+            return "kept"
+        return "streamed" if any(meta.files for meta in self.metas) else "staged"
 
     @property
     def why(self) -> str:
@@ -124,7 +126,7 @@ class Version:
 
 def parts_on(version: Version, host: int, received: str) -> tuple[Part, ...]:
     """Where the version's bytes lie on a host, once its lead has received `received`."""
-    if version.streamed:
+    if version.mode == "streamed":
         return ()
     lead = version.metas[version.hosts.lead(host)]
     places = {run.offset: start for run, start in version.foreign_runs(host)}

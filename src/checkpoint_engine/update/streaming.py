@@ -66,19 +66,20 @@ class Streams:
             SourceError: the source contradicts itself or cannot be read.
             StoreError: the label is taken, or memory or budget does not suffice.
         """
+        is_streamed = False
         try:
             files, why = _choose(source, store, mode, pooled=pooled)
             if label in self._streams or (files and label in store.labels):
                 raise StoreError(f"version {label!r} is already registered; unregister it first")
             if files is None:
                 store.register(label, source, pooled=pooled)
-                source.close()
             else:
                 name = secrets.token_hex(8)
                 self._streams[label] = Stream(digest_in_place(source), name, files, why)
-        except BaseException:
-            source.close()
-            raise
+                is_streamed = True
+        finally:
+            if not is_streamed:
+                source.close()
 
     def get(self, label: str | None) -> Stream | None:
         """The version of this label, if it is streamed."""
