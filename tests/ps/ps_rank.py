@@ -17,6 +17,7 @@ from ps_tools import DEVICE, Handles, digests, large_version, version
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.sources import SafetensorsSource, Share
 from checkpoint_engine.transport.peer import Range, Way
 from checkpoint_engine.transport.rendezvous import Log
 from checkpoint_engine.transport.zeromq import ZeroMqReader
@@ -68,6 +69,16 @@ class Rank:
 
         assert self.server is not None
         self.server.register_checkpoint(name, named_tensors=weights(seed))
+        self.server.gather_metas(name)
+
+    def register_files(
+        self, name: str, files: list[str], mode: str, share: tuple[int, int] | None = None
+    ) -> None:
+        """All tensors of some files, or this rank's share of them."""
+        assert self.server is not None
+        source = SafetensorsSource(files)
+        part = Share(source, *share) if share else source
+        self.server.register_source(name, part, mode=mode)
         self.server.gather_metas(name)
 
     def register_large(

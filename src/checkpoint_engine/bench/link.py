@@ -48,9 +48,7 @@ def slow_link(bits_per_second: float) -> Iterator[FarHost]:
         UsageError: this machine does not allow it; says what it said.
     """
     name, number = f"ckpt{os.getpid()}", os.getpid() % 250
-    far = FarHost(
-        ("ip", "netns", "exec", name), f"10.213.{number}.2", f"10.213.{number}.1"
-    )
+    far = FarHost(("ip", "netns", "exec", name), f"10.213.{number}.2", f"10.213.{number}.1")
     rate = f"{bits_per_second:.0f}bit"
     filtered = ["tbf", "rate", rate, "burst", str(BURST_BYTES), "latency", f"{QUEUE_SECONDS}s"]
     try:

@@ -35,6 +35,7 @@ from checkpoint_engine.compare import TensorDigest, WeightDigests, sample_names
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UpdateRefused, UsageError
 from checkpoint_engine.manifest import Version, version_digest
 from checkpoint_engine.replica.engine import Engine
+from checkpoint_engine.sources import SafetensorsSource, safetensors_files
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update import session
 
@@ -59,6 +60,7 @@ class Replica:
         name: what reports call this replica.
         label: weight version of the parameters as they are; None if they are no version, and the
             replica serves nothing before its first update.
+        folder: what the parameters were loaded from, if they were.
     """
 
     def __init__(
@@ -68,11 +70,15 @@ class Replica:
         *,
         name: str,
         label: str | None,
+        folder: Path | None = None,
     ) -> None:
         self.engine = Engine(model, tokenizer)
         self._live = LiveModel(model)
         self._adapter = TransformersAdapter(
-            model, Identity(replica=name, engine=f"process {os.getpid()}"), self
+            model,
+            Identity(replica=name, engine=f"process {os.getpid()}"),
+            self,
+            (lambda: SafetensorsSource(safetensors_files(folder))) if folder else None,
         )
         self._attachments = Attachments(keep_maps=True)
         self._updating = threading.Lock()
@@ -351,4 +357,5 @@ def load_replica(
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     label = None if wait_for_initial_weights else {"auto": "initial", "dummy": "dummy"}[load_format]
-    return Replica(model, tokenizer, name=name, label=label)
+    loaded_from = folder if load_format == "auto" else None
+    return Replica(model, tokenizer, name=name, label=label, folder=loaded_from)

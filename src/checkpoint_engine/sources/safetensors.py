@@ -23,6 +23,7 @@ import msgspec
 from checkpoint_engine.dtypes import num_bytes
 from checkpoint_engine.errors import MALFORMED, SourceError, UsageError
 from checkpoint_engine.plan.layout import TensorSpec, place
+from checkpoint_engine.sources.files import OpenFile, TensorFiles, close_all
 
 __all__ = ["SafetensorsSource", "safetensors_files"]
 
@@ -39,15 +40,6 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[int, int]
 
 
-class _Place(msgspec.Struct, frozen=True):
-    """Where a tensor's bytes lie."""
-
-    path: Path
-    descriptor: int
-    position: int
-    length: int
-
-
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
@@ -60,15 +52,24 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
-        self._descriptors: list[int] = []
-        self._places: dict[str, _Place] = {}
         self._specs: list[TensorSpec] = []
+        self._paths: dict[str, Path] = {}
+        opened: list[OpenFile] = []
+        descriptors: list[int] = []
         try:
-            for file in files:
-                self._open(Path(file))
+            for path in map(Path, files):
+                descriptors.append(_open_file(path))
+                positions = self._add(path, descriptors[-1])
+                opened.append(OpenFile.of(str(path), descriptors[-1], positions))
         except BaseException:
-            self.close()
+            close_all(descriptors)
             raise
+        self._files = TensorFiles(opened, descriptors)
+
+    @property
+    def files(self) -> TensorFiles:
+        """The open files."""
+        return self._files
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all files, in the order of the files."""
@@ -76,43 +77,29 @@ class SafetensorsSource:
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of tensor `name` from byte `start` on."""
-        place = self._places[name]
-        position, done = place.position + start, 0
-        while done < len(out):
-            try:
-                num_read = os.preadv(place.descriptor, [out[done:]], position + done)
-            except OSError as error:
-                raise SourceError(f"{place.path}: tensor {name!r}: {error}") from error
-            if num_read == 0:
-                raise SourceError(
-                    f"{place.path}: tensor {name!r}: the file ends in the middle of it; it was "
-                    "truncated while being read"
-                )
-            done += num_read
+        self._files.read_into(name, start, out)
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._files.close()
 
-    def _open(self, path: Path) -> None:
-        descriptor = _open_file(path)
-        self._descriptors.append(descriptor)
+    def _add(self, path: Path, descriptor: int) -> dict[str, int]:
+        """Announce the tensors of a file; returns where each begins."""
         entries, data_start = _read_header(path, descriptor)
         for name, entry in entries.items():
-            if name in self._places:
+            if name in self._paths:
                 raise SourceError(
-                    f"{path}: tensor {name!r} is also in {self._places[name].path}; "
+                    f"{path}: tensor {name!r} is also in {self._paths[name]}; "
                     "give only the files of one checkpoint"
                 )
-            begin, end = entry.data_offsets
-            self._places[name] = _Place(path, descriptor, data_start + begin, end - begin)
+            self._paths[name] = path
             spec = TensorSpec(names=(name,), dtype=entry.dtype, shape=entry.shape)
             try:
                 place(spec, name, 0)
             except SourceError as error:
                 raise SourceError(f"{path}: {error}") from error
             self._specs.append(spec)
+        return {name: data_start + entry.data_offsets[0] for name, entry in entries.items()}
 
 
 def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:

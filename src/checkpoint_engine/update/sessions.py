@@ -1,8 +1,9 @@
 """A rank's door: where engines' workers say hello and are handed store memory.
 
 One socket for the life of the rank. A connection that begins with `Hold` is a lease of a segment
-and may outlive updates; one that begins with `Hello` is a session of the update under way, and is
-turned away when there is none. Every connection has a thread, which ends with it.
+and may outlive updates; one that begins with `Open` asks for files, and ends when they are handed
+over; one that begins with `Hello` is a session of the update under way, and is turned away when
+there is none. Every connection has a thread, which ends with it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from checkpoint_engine.errors import (
     ProtocolError,
     RemoteError,
 )
+from checkpoint_engine.sources.files import TensorFiles
 from checkpoint_engine.store import Segment
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.files import Open, serve_files
 from checkpoint_engine.transport.handover import Hold, LetGo, serve_lease
 from checkpoint_engine.update.protocol import (
     Applied,
@@ -41,6 +44,8 @@ from checkpoint_engine.update.relay import Action, Relay, Tell
 
 __all__ = ["Door", "Sessions"]
 
+Heard = FromSession | Hold | LetGo | Open
+
 GREETING_SECONDS = 30.0
 GRACE_SECONDS = 60.0
 ACCEPT_RETRY_SECONDS = 0.1
@@ -51,14 +56,19 @@ class Door:
 
     Args:
         segment: finds a segment of this rank's store by name.
+        files: finds the files of a version that this rank streams by name.
     """
 
-    def __init__(self, segment: Callable[[str], Segment | None]) -> None:
-        self._segment = segment
+    def __init__(
+        self,
+        segment: Callable[[str], Segment | None],
+        files: Callable[[str], TensorFiles | None] = lambda name: None,
+    ) -> None:
+        self._segment, self._files = segment, files
         self._listener, self.address = sockets.listen()
         self._sessions: Sessions | None = None
         self._closed = False
-        self._channels: set[Channel[FromSession | Hold | LetGo]] = set()
+        self._channels: set[Channel[Heard]] = set()
         threading.Thread(target=self._accept, name="ckpt-door", daemon=True).start()
 
     def attend(self, sessions: Sessions | None) -> None:
@@ -90,15 +100,15 @@ class Door:
             ).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        channel: Channel[FromSession | Hold | LetGo] = Channel(
-            connection, FromSession | Hold | LetGo
-        )
+        channel: Channel[Heard] = Channel(connection, Heard)
         self._channels.add(channel)
         try:
             sockets.check_peer(connection)
             first = channel.receive(GREETING_SECONDS)
             if isinstance(first, Hold):
                 serve_lease(channel, first, self._segment)
+            elif isinstance(first, Open):
+                serve_files(channel, first, self._files)
             elif isinstance(first, Hello) and self._sessions is not None:
                 self._sessions.serve(channel, first)
             else:
@@ -123,9 +133,9 @@ class Sessions:
         self._offer, self._post = offer, post
         self._relay = Relay(rank, offer)
         self._lock = threading.Lock()
-        self._channels: dict[str, Channel[FromSession | Hold | LetGo]] = {}
+        self._channels: dict[str, Channel[Heard]] = {}
 
-    def serve(self, channel: Channel[FromSession | Hold | LetGo], hello: Hello) -> None:
+    def serve(self, channel: Channel[Heard], hello: Hello) -> None:
         """Play the rank's part with one session until it is over. Runs on its thread."""
         channel.bind(self._offer.update, self._offer.epoch)
         deadlines = self._offer.deadlines
