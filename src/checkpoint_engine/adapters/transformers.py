@@ -57,15 +57,28 @@ class Serving(Protocol):
 
 
 class TransformersAdapter:
-    """See the module's text; the methods are those of `adapters.base.Adapter`."""
+    """See the module's text; the methods are those of `adapters.base.Adapter`.
 
-    def __init__(self, model: torch.nn.Module, identity: Identity, serving: Serving) -> None:
+    Args:
+        model: on the CPU; its parameters are written in place.
+        identity: who greets.
+        serving: the server around the model.
+        names: which of the model's names the version that it was loaded with has; default all.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        identity: Identity,
+        serving: Serving,
+        names: frozenset[str] | None = None,
+    ) -> None:
         self.identity = identity
         self.epoch = 0
         self.undecided: str | None = None
         self._live = LiveModel(model)
         self._serving = serving
-        self._names = self._live.names
+        self._names = self._live.names if names is None else self._live.names & names
         self._recorded = self._live.digests()
         self._served = self._describe(self._recorded, self._names)
         self._staged: Staged | None = None
@@ -94,6 +107,11 @@ class TransformersAdapter:
         Unlike `tear` it leaves an update alone that is being prepared, which may mend them.
         """
         self._torn = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Which of the model's names the version that is served has."""
+        return self._names
 
     def base(self) -> str | None:
         """Digest of what is served, as it was last computed; None if that is no version."""
