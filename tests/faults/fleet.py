@@ -123,6 +123,11 @@ class Fleet:
         return label(self._last_seed)
 
     @property
+    def num_offered(self) -> int:
+        """How many versions there are, besides what replicas start with."""
+        return self._last_seed
+
+    @property
     def offered(self) -> dict[str, Truth]:
         """Whatever a replica may truthfully serve, by its digest."""
         truths = [truth(seed) for seed in range(self._last_seed + 1)]
@@ -170,6 +175,7 @@ class Fleet:
     def register(self) -> int:
         """A new version, on every rank; returns its seed."""
         self._last_seed += 1
+        truth(self._last_seed)  # made before anybody can ask for it, and from another thread
         self.all("register", seed=self._last_seed)
         return self._last_seed
 

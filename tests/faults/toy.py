@@ -163,8 +163,9 @@ DEEDS: dict[str, Callable[[], object]] = {
 @contextmanager
 def listening(path: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{path}.new")
         listener.listen()
+        os.rename(f"{path}.new", path)  # whoever sees it can connect
         yield listener
 
 
