@@ -140,19 +140,28 @@ class Chaos:
     def _join_somehow(self, draw: random.Random, name: str) -> int:
         """Try until it is joined; returns the generation of the ranks that it was joined to."""
         while not self._over.is_set():
-            wait_until(lambda: self._metas is not None or self._over.is_set(), "a trainer")
             if draw.random() < 0.5:
                 self._updating.wait(2.0)
-            generation = self._generation
+            generation, metas = self._generation, self._metas
+            if metas is None:
+                self._over.wait(0.1)
+                continue
             joiner = self._fleet.make_joiner(self._folder / name)
             try:
-                if self._join(draw, name, joiner, generation):
+                if self._join(draw, name, joiner, generation, metas):
                     return generation
             finally:
                 joiner.close()
         return -1
 
-    def _join(self, draw: random.Random, name: str, joiner: Forked, generation: int) -> bool:
+    def _join(
+        self,
+        draw: random.Random,
+        name: str,
+        joiner: Forked,
+        generation: int,
+        metas: dict[str, Any],
+    ) -> bool:
         replica = self._fleet.replicas[name]
         victim, points = draw.choice(
             [(None, ("",)), (None, ("",)), (joiner, JOINER_POINTS), (replica, REPLICA_POINTS)]
@@ -160,7 +169,7 @@ class Chaos:
         if victim is not None and not self._is_time:
             victim.call("arm", point=draw.choice(points), what="kill")
         published, in_update = self._published, self._updating.is_set()
-        error = self._error_of_joining(name, joiner)
+        error = self._error_of_joining(name, joiner, metas)
         if not replica.alive:
             self._fleet.start_replica(name)
             self._say("a replica dies in its update", name)
@@ -176,12 +185,10 @@ class Chaos:
             self._say("a joiner finds no ranks", name)
         return False
 
-    def _error_of_joining(self, name: str, joiner: Forked) -> str | None:
+    def _error_of_joining(self, name: str, joiner: Forked, metas: dict[str, Any]) -> str | None:
         address = self._fleet.addresses[name]
         try:
-            outcome = joiner.call(
-                "join", metas=self._metas, replicas=[address], timeout=JOIN_SECONDS
-            )
+            outcome = joiner.call("join", metas=metas, replicas=[address], timeout=JOIN_SECONDS)
         except RuntimeError as error:
             return str(error)
         found: str | None = outcome["error"]
