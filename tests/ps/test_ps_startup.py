@@ -12,6 +12,7 @@ from core_tools import Background
 from ps_replicas import weights
 from ps_tools import EngineProcess, Handles, digests, large_version, register, version
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
 from checkpoint_engine.adapters import CkptEngineConnector, CkptEngineModelLoader
 from checkpoint_engine.errors import (
@@ -24,7 +25,7 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.replica.replica import load_replica
 from checkpoint_engine.update.metas import save_metas_file
-from children import Child, free_port
+from children import Child
 
 Publish = Callable[..., str]
 
@@ -47,13 +48,19 @@ def publish(server: ParameterServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def start_ranks() -> Iterator[Callable[..., list[Child]]]:
-    """Two processes of one launch, on one host."""
+    """Two processes of one launch, on one host; this one keeps their keys, as torchrun does."""
+    keys = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ExitStack() as stack:
         started: list[Child] = []
 
         def start(host: str) -> list[Child]:
-            variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "CKPT_ENGINE_HOST": host}
-            variables["MASTER_PORT"] = str(free_port() - 1)
+            variables = {
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(keys.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "CKPT_ENGINE_HOST": host,
+            }
             started.extend(
                 stack.enter_context(Child("ps/ps_rank.py", RANK=str(rank), **variables))
                 for rank in range(2)
