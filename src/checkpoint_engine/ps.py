@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,25 +30,27 @@ import msgspec
 
 from checkpoint_engine.calls import request_inference_to_update
 from checkpoint_engine.device_utils import device_uuid
-from checkpoint_engine.errors import ManifestError, RemoteError, UpdateFailed, UsageError
+from checkpoint_engine.errors import DeadlineExceeded, ManifestError, UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest
-from checkpoint_engine.registry import PublishedVersion, Registry, state_dir
+from checkpoint_engine.registry import Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
-from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.transport.sockets import socket_dir
-from checkpoint_engine.update.conductor import Conductor, Request
+from checkpoint_engine.update.back import roll_back, watched
+from checkpoint_engine.update.conductor import Calls, Request
 from checkpoint_engine.update.coordinator import Policy
-from checkpoint_engine.update.probe import Probe, watch
+from checkpoint_engine.update.group import Group
+from checkpoint_engine.update.probe import Probe
 from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
-from checkpoint_engine.update.staging import RankMeta, Version
+from checkpoint_engine.update.shelf import Shelf
 from checkpoint_engine.update.streaming import Streams, check_modes
+from checkpoint_engine.update.versions import RankMeta, Version
 
 __all__ = ["ParameterServer", "request_inference_to_update"]
 
-MEET_SECONDS = 60.0
+SETTLE_SECONDS = 0.1
 
 
 class ParameterServer:
@@ -83,14 +86,12 @@ class ParameterServer:
         self._store = Store(budget_bytes=_budget_bytes())
         self._streams = Streams()
         self._door = Door(self._store.segment, self._streams.files)
+        self._shelf = Shelf(self._store)
         self._lock = threading.Lock()
         self._registry: Registry | None = None
-        self._collective: Collective | None = None
+        self._groups: dict[tuple[int, ...], Group] = {}
         self._version: Version | None = None
         self._name: str | None = None
-        self._published: str | None = None
-        self._num_updates = 0
-        self._scopes: list[Rendezvous] = []
 
     @property
     def rank(self) -> int:
@@ -153,6 +154,7 @@ class ParameterServer:
             StoreError: there is none of that name.
         """
         if not self._streams.unregister(checkpoint_name):
+            self._shelf.forget(self._store[checkpoint_name].segment.name)
             self._store.unregister(checkpoint_name, force=force)
         if self._name == checkpoint_name:
             self._version = self._name = None
@@ -182,9 +184,13 @@ class ParameterServer:
             ProtocolError, ManifestError: what a rank told is malformed or contradicts itself.
             DeadlineExceeded: a rank did not come.
         """
-        self._adopt(checkpoint_name, self._gather(checkpoint_name))
+        metas = self._gather(checkpoint_name, self._rendezvous)
+        check_modes(metas)
+        self._version = Version.of(metas)
+        self._name = checkpoint_name
+        self._shelf.offer(checkpoint_name, self._version)
 
-    def _gather(self, checkpoint_name: str | None) -> list[RankMeta]:
+    def _gather(self, checkpoint_name: str | None, rendezvous: Rendezvous) -> list[RankMeta]:
         registered = checkpoint_name in self._store.labels
         shard = self._store[checkpoint_name] if checkpoint_name and registered else None
         stream = self._streams.get(checkpoint_name)
@@ -198,35 +204,35 @@ class ParameterServer:
             manifest=known.manifest if known else Manifest.of(()),
             files=stream.name if stream else "",
             why=stream.why if stream else "",
+            peer=self._shelf.peer,
         )
-        encoded = self._rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
+        encoded = rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
         return [decode(one, RankMeta) for one in encoded]
 
     def get_metas(self) -> dict[int, Any]:
         """What every rank registered, as plain data: JSON and any other encoding keep it."""
         version = self._gathered()
-        return {meta.rank: msgspec.to_builtins(meta) for meta in version.metas}
+        return {meta.rank: msgspec.to_builtins(meta) for meta in version.sources}
 
     def load_metas(self, metas: Mapping[int, Any] | Mapping[str, Any]) -> None:
-        """Take what `get_metas` gave, in this server of ranks; JSON may have made its keys text.
+        """Take what `get_metas` gave, here or in another server; JSON may have made its keys text.
+
+        What another server has is read from its ranks by the next `update`, as from peers.
 
         Raises:
             ManifestError: it is malformed or contradicts itself.
-            UsageError: it is another server's.
         """
         try:
             by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
         except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise ManifestError(f"not what get_metas gives: {error}") from error
         decoded = [by_rank[rank] for rank in sorted(by_rank)]
-        ranks = [meta.rank for meta in decoded]
-        if ranks != list(range(self.world_size)):
-            raise UsageError(f"these are the metas of ranks {ranks}, of {self.world_size} here")
-        if decoded[self.rank].address != self._door.address:
-            raise UsageError(
-                "these are another parameter server's metas; gather_metas tells this one's"
-            )
-        self._adopt(self._name or "loaded", decoded)
+        if [meta.rank for meta in decoded] != list(range(len(decoded))):
+            raise ManifestError(f"these are the metas of ranks {sorted(by_rank)}: some are missing")
+        version = Version.of(decoded)
+        if self._is_own(version) and len(decoded) != self.world_size:
+            raise UsageError(f"these are the metas of {len(decoded)} of {self.world_size} ranks")
+        self._version, self._name = version, None
 
     def update(
         self,
@@ -252,7 +258,8 @@ class ParameterServer:
                 A function of a single rank may call several engines, which are given 0.2 s to say
                 hello after each other; of a list, each calls one, so nobody is waited for in vain.
             timeout: until every engine is ready. Requests wait for a much shorter time.
-            ranks: whose engines to update; default all. The others still send what they hold.
+            ranks: whose engines to update; these read from the others as peers, who take no part
+                and need not call this. Default all, who broadcast to each other.
             weight_version: the label that the engines will show; default `checkpoint_name`.
             on_failure: "rollback", or "quarantine" to go on without the engines that fail.
             min_replicas: with "quarantine", how many engines must be left.
@@ -263,24 +270,37 @@ class ParameterServer:
             report: file to write the report to, as JSON, on rank 0.
 
         Returns:
-            The report; the same on every rank.
+            The report, the same on every rank that takes part; on the others its outcome is
+            "not_taking_part".
 
         Raises:
             UpdateFailed: nothing was published, or the probe said no; every engine serves what it
                 served before, unless the report says otherwise. Names the first cause.
             UsageError: the checkpoint was not gathered.
         """
-        policy = Policy(on_failure, min_replicas, require_rollback)
+        policy, calls = Policy(on_failure, min_replicas, require_rollback), Calls.of(req_func)
         _check_report_file(report)
-        if ranks and self.rank not in ranks:
-            req_func = []
+        chosen = self._chosen(ranks)
+        if self.rank not in chosen:
+            return Report.not_taking_part(weight_version or checkpoint_name)
         with self._lock, self._leased(checkpoint_name):
-            version = self._gathered(checkpoint_name)
-            label = weight_version or self._name or ""
-            result = self._conduct(version, label, policy, req_func, timeout, base)
+            group, version = self._group(chosen), self._gathered(checkpoint_name)
+            if ranks is not None or not self._is_own(version):
+                version = group.read_from_peers(version, self._taking_part(version, chosen, group))
+            elif not self._auto_pg and len(version.hosts.names) > 1:
+                raise UsageError("auto_pg is off: call init_process_group before update")
+            result = group.conduct(
+                version,
+                weight_version or checkpoint_name,
+                calls,
+                policy=policy,
+                timeout_seconds=timeout.total_seconds(),
+                base=base,
+            )
             if probe is not None and result.outcome == "published":
                 probe = probe if isinstance(probe, Probe) else Probe(probe)
-                result = self._watched(result, probe, req_func, timeout)
+                metas = version.metas
+                result = watched(group, result, probe, metas, calls, timeout.total_seconds())
         return self._ended(result, report)
 
     def rollback(
@@ -309,8 +329,54 @@ class ParameterServer:
         """
         _check_report_file(report)
         with self._lock:
-            result = self._return_to(self._target(to), req_func, timeout)
+            group = self._group(range(self.world_size))
+            metas = self._gather(None, self._rendezvous)
+            result = roll_back(group, to, metas, Calls.of(req_func), timeout.total_seconds())
         return self._ended(result, report)
+
+    def join(
+        self,
+        metas: Mapping[int, Any] | Mapping[str, Any],
+        req_func: Request | Sequence[Request],
+        *,
+        timeout: timedelta = timedelta(minutes=10),
+        report: str | os.PathLike[str] | None = None,
+    ) -> Report:
+        """Bring engines to what another server has published, while that serves and updates.
+
+        The weights are read from its ranks, who take no part. If it publishes another version
+        meanwhile, the engines are brought to that one; they end on the last.
+
+        Args:
+            metas: what that server's `get_metas` gave, at any time since it started.
+            req_func: as for `update`.
+            timeout: for all of it.
+            report: file to write the last report to, as JSON, on rank 0.
+
+        Raises:
+            TransferError: no rank of that server answers, or it has nothing.
+            UpdateFailed: as for `update`.
+            DeadlineExceeded: it published faster than the engines could follow.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        self.load_metas(metas)
+        sources, group = self._gathered().sources, self._group(range(self.world_size))
+        result: Report | None = None
+        while time.monotonic() < deadline:
+            found = group.ask(sources)
+            if result is not None and found.updating:
+                time.sleep(SETTLE_SECONDS)
+                continue
+            if result is not None and (result.version, result.digest) == found.name:
+                return result
+            self._version, self._name = Version.of(found.metas), found.label
+            left = timedelta(seconds=deadline - time.monotonic())
+            try:
+                result = self.update(found.label, req_func, timeout=left, report=report)
+            except UpdateFailed:
+                if group.ask(sources).name == found.name:
+                    raise  # else its memory was gone already: there is a newer version to read
+        raise DeadlineExceeded("the other server publishes faster than these engines can follow")
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Wait for all ranks; needs no process group, and may be called any number of times.
@@ -324,59 +390,12 @@ class ParameterServer:
         """Stop listening and return all memory that no replica maps."""
         self._door.close()
         self._streams.close()
+        self._shelf.close()
         self._store.close()
-        if self._collective is not None:
-            self._collective.abandon()
+        for group in self._groups.values():
+            group.close()
         if self._registry is not None:
             self._registry.close()
-
-    def _target(self, label: str | None) -> PublishedVersion:
-        """What to return to; every rank asks, as they may share no registry but rank 0's counts."""
-        chosen: bytes = b""
-        if self.rank == 0:
-            versions = self._open_registry().versions()
-            found = [v for v in versions if v.version == label] if label else versions[1:2]
-            chosen = msgspec.msgpack.encode(found[:1])
-        chosen = self._rendezvous.gather("rollback", chosen, MEET_SECONDS)[0]
-        targets: list[PublishedVersion] = decode(chosen, list[PublishedVersion])
-        if not targets:
-            what = (
-                f"no version {label!r} was published" if label else "nothing was published before"
-            )
-            raise UsageError(f"{what}; `ckpt-engine versions` lists what was")
-        return targets[0]
-
-    def _return_to(
-        self, target: PublishedVersion, req_func: Request | Sequence[Request], timeout: timedelta
-    ) -> Report:
-        version = Version.kept(target.digest, target.num_bytes or 0, self._gather(None))
-        return self._conduct(version, target.version, Policy(), req_func, timeout, None)
-
-    def _watched(
-        self,
-        result: Report,
-        probe: Probe,
-        req_func: Request | Sequence[Request],
-        timeout: timedelta,
-    ) -> Report:
-        """What was published, or, if the probe says no, how it was taken back."""
-        verdict = watch(probe) if self.rank == 0 else None
-        gathered = self._rendezvous.gather(
-            "probe", msgspec.msgpack.encode(verdict), probe.window_seconds + MEET_SECONDS
-        )
-        verdict = decode(gathered[0], RemoteError | None)
-        if verdict is None:
-            return result
-        try:
-            before = self._target(None)
-            back = self._return_to(before, req_func, timeout)
-        except UsageError as error:
-            return _kept_in_spite_of(result, verdict, str(error))
-        if back.outcome != "published":
-            return _kept_in_spite_of(result, verdict, str(back.reason))
-        return msgspec.structs.replace(
-            result, outcome="rolled_back", replicas=back.replicas, reason=verdict
-        )
 
     def _ended(self, result: Report, file: str | os.PathLike[str] | None) -> Report:
         if file is not None and self.rank == 0:
@@ -387,40 +406,34 @@ class ParameterServer:
             raise UpdateFailed(_explain(result), result)
         return result
 
-    def _conduct(
-        self,
-        version: Version,
-        label: str,
-        policy: Policy,
-        req_func: Request | Sequence[Request],
-        timeout: timedelta,
-        base: str | None,
-    ) -> Report:
-        # The last update's keys may still be read by a slow rank; those before it, by nobody.
-        while len(self._scopes) > 1:
-            self._scopes.pop(0).clear()
-        self._num_updates += 1
-        conductor = Conductor(
-            label=label,
-            version=version,
-            rendezvous=self._rendezvous,
-            store=self._store,
-            door=self._door,
-            collective=self._collective_of(version),
-            policy=policy,
-            timeout_seconds=timeout.total_seconds(),
-            registry=self._open_registry,
-            parent=self._published,
-            base=base,
-        )
-        requests = [req_func] if callable(req_func) else list(req_func)
-        try:
-            result = conductor.run(self._num_updates, requests, open_ended=callable(req_func))
-        finally:
-            self._scopes.append(conductor.scope)
-        if result.outcome == "published":
-            self._published = result.digest
-        return result
+    def _chosen(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
+        chosen = tuple(sorted(set(range(self.world_size) if ranks is None else ranks)))
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.world_size:
+            raise UsageError(f"ranks {list(chosen)} are not of world size {self.world_size}")
+        return chosen
+
+    def _group(self, ranks: Sequence[int]) -> Group:
+        """The group of these ranks, of which this is one; it counts its updates."""
+        key = tuple(ranks)
+        if key not in self._groups:
+            rendezvous = self._rendezvous
+            if len(key) < self.world_size:
+                rendezvous = rendezvous.subset(key)
+            self._groups[key] = Group(
+                rendezvous, self._store, self._door, self._shelf, self._open_registry
+            )
+        return self._groups[key]
+
+    def _is_own(self, version: Version) -> bool:
+        return self._door.address in [meta.address for meta in version.sources]
+
+    def _taking_part(
+        self, version: Version, ranks: Sequence[int], group: Group
+    ) -> Sequence[RankMeta]:
+        """The metas of those who read; beside another server's version these ranks' are new."""
+        if self._is_own(version):
+            return [version.sources[rank] for rank in ranks]
+        return self._gather(None, group.rendezvous)
 
     @contextmanager
     def _leased(self, checkpoint_name: str) -> Iterator[None]:
@@ -431,29 +444,14 @@ class ParameterServer:
         else:
             yield
 
-    def _adopt(self, checkpoint_name: str, metas: Sequence[RankMeta]) -> None:
-        check_modes(metas)
-        self._version, self._name = Version.of(metas), checkpoint_name
-
     def _gathered(self, checkpoint_name: str | None = None) -> Version:
-        if self._version is None or (checkpoint_name and checkpoint_name != self._name):
+        named_otherwise = checkpoint_name and self._name and checkpoint_name != self._name
+        if self._version is None or named_otherwise:
             raise UsageError(
                 f"checkpoint {checkpoint_name or ''!r} was not gathered: call gather_metas with "
                 "its name on every rank first"
             )
         return self._version
-
-    def _collective_of(self, version: Version) -> Collective | None:
-        """The group of the hosts' leads, if this is one and there is something to send."""
-        hosts = version.hosts
-        host = hosts.of_rank[self.rank]
-        if version.mode == "streamed" or len(hosts.names) == 1 or hosts.lead(host) != self.rank:
-            return None
-        if not self._auto_pg:
-            raise UsageError("auto_pg is off: call init_process_group before update")
-        if self._collective is None or self._collective.size != len(hosts.names):
-            self._collective = Collective(self._rendezvous, index=host, size=len(hosts.names))
-        return self._collective
 
     def _device_index(self) -> int:
         local_rank = os.environ.get("LOCAL_RANK", str(self.rank))
@@ -484,12 +482,6 @@ def _host() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     folder = socket_dir().stat()
     return f"{boot}-{folder.st_dev}-{folder.st_ino}"
-
-
-def _kept_in_spite_of(result: Report, verdict: RemoteError, problem: str) -> Report:
-    """A probe said no, and there was no way back."""
-    message = f"{verdict.message}; the way back failed: {problem}"
-    return msgspec.structs.replace(result, reason=msgspec.structs.replace(verdict, message=message))
 
 
 def _explain(report: Report) -> str:

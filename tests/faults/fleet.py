@@ -347,8 +347,9 @@ class Fleet:
         if len(self.ranks) == 1:
             held = Holdings(self.trainer.pid)
             num_leases = sum(replica.num_maps for replica in replicas.values())
-            # Its commands, its door, and the other end of each lease; two descriptors a segment.
-            if held.num_sockets != 2 + num_leases or held.num_memories != 2 * held.num_maps:
+            # Its commands, its door, where peers ask it, and the other end of each lease; two
+            # descriptors a segment.
+            if held.num_sockets != 3 + num_leases or held.num_memories != 2 * held.num_maps:
                 found.append(f"the trainer holds {held} for {num_leases} leases")
             if held.num_maps > MOST_SEGMENTS or held.num_files > 1:
                 found.append(f"the trainer holds {held}")

@@ -29,8 +29,8 @@ from checkpoint_engine.transport.channel import Channel
 from checkpoint_engine.transport.files import FilesAt, Handed, NoFiles, Open
 from checkpoint_engine.transport.handover import Held, Hold, LetGo, Part, Refused
 from checkpoint_engine.update import protocol
-from checkpoint_engine.update.staging import RankMeta
-from checkpoint_engine.update.staging import Version as Gathered
+from checkpoint_engine.update.versions import RankMeta
+from checkpoint_engine.update.versions import Version as Gathered
 
 MANIFEST, _ = placed(BytesSource({"a": u8(300), "b": u8(0)}, {"a": ["c"]}))
 SPANS = (Span(stage="apply", lane="r", start=1.0, seconds=2.0),)

@@ -6,18 +6,21 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import msgspec
 import torch
-from ps_tools import DEVICE, Handles, digests, version
+from ps_tools import DEVICE, Handles, digests, large_version, version
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.sources import SafetensorsSource, Share
+from checkpoint_engine.transport.peer import Range, Way
 from checkpoint_engine.transport.rendezvous import Log
+from checkpoint_engine.transport.zeromq import ZeroMqReader
 from checkpoint_engine.update import conductor
 from checkpoint_engine.worker import update_weights_from_ipc
 from children import say, serve
@@ -35,6 +38,7 @@ class Model:
             self.failing = False
             raise RuntimeError("load_weights refused")
         self.weights = {name: tensor.clone() for name, tensor in named}
+        say(event="loaded")
 
 
 class Rank:
@@ -76,6 +80,51 @@ class Rank:
         part = Share(source, *share) if share else source
         self.server.register_source(name, part, mode=mode)
         self.server.gather_metas(name)
+
+    def register_large(
+        self, name: str, seed: int, num_tensors: int, pooled: bool = False
+    ) -> dict[str, str]:
+        assert self.server is not None
+        tensors = large_version(seed, num_tensors)
+        self.server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=pooled)
+        self.server.gather_metas(name)
+        return digests(tensors)
+
+    def metas(self) -> dict[int, Any]:
+        assert self.server is not None
+        return self.server.get_metas()
+
+    def load_metas(self, metas: dict[str, Any]) -> None:
+        assert self.server is not None
+        self.server.load_metas(metas)
+
+    def join(self, metas: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
+        """Follow another server until this rank's engine serves what that has published."""
+        assert self.server is not None
+        report = self.server.join(metas, [self.request], timeout=timedelta(seconds=timeout))
+        return {"error": None, **msgspec.to_builtins(report)}
+
+    def block(self, seconds: float) -> None:
+        """Do nothing in the thread that does everything."""
+        say(event="blocked")
+        time.sleep(seconds)
+
+    def read_at(self, bytes_per_second: int) -> None:
+        """Read from peers no faster than this, and tell of every bucket."""
+        os.environ["CKPT_ENGINE_STAGING_BYTES_PER_SECOND"] = str(bytes_per_second)
+        read = ZeroMqReader.read
+
+        def told(reader: ZeroMqReader, way: Way, *arguments: Any) -> Iterator[Range]:
+            for arrived in read(reader, way, *arguments):
+                say(event="arrived", source=way.address, place=arrived.place)
+                yield arrived
+
+        ZeroMqReader.read = told  # type: ignore[method-assign]
+
+    def num_leases(self) -> int:
+        """Of the memory that peers could read here."""
+        assert self.server is not None
+        return sum(segment.num_leases for segment in self.server._store._segments)
 
     def unregister(self, name: str) -> None:
         assert self.server is not None
@@ -119,11 +168,15 @@ class Rank:
         def request(handles: Handles) -> None:
             say(event="called", handles=handles)
             if calls_engine:
-                assert self.server is not None
-                handle = handles[self.server.rank][1]
-                update_weights_from_ipc(None, handle, "cpu", run=self.model.load_weights)
+                self.request(handles)
 
         return self._outcome(name, [request], timeout, **options)
+
+    def request(self, handles: Handles) -> None:
+        """Make this rank's engine take an update, wherever it comes among those that do."""
+        assert self.server is not None
+        handle = next(h for _, h in handles if h == self.server._door.address)
+        update_weights_from_ipc(None, handle, "cpu", run=self.model.load_weights)
 
     def update_engines(self, name: str, endpoints: list[str], others: int = 0) -> dict[str, Any]:
         """Engines behind HTTP, and some that whoever hears "called" has to call."""

@@ -29,6 +29,15 @@ def version(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def large_version(seed: int, num_tensors: int) -> dict[str, torch.Tensor]:
+    """Tensors of 4 MB, so that a version has a bucket for about each eight."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.{number}": torch.randint(0, 256, (4_000_001,), generator=generator).to(torch.uint8)
+        for number in range(num_tensors)
+    }
+
+
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What is equal for equal bytes."""
     return {

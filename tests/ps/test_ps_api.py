@@ -327,16 +327,12 @@ def test_loaded_metas_can_be_updated_from(server: ParameterServer) -> None:
     assert server.get_metas() == metas
 
 
-def test_metas_of_another_server_are_refused(make_server: Callable[..., ParameterServer]) -> None:
-    one, other = make_server(), make_server()
-    register(one, "step-1", 1)
-    with pytest.raises(UsageError, match="another parameter server"):
-        other.load_metas(one.get_metas())
-
-
-def test_metas_of_too_few_ranks_are_refused(server: ParameterServer) -> None:
-    with pytest.raises(UsageError, match="metas of"):
-        server.load_metas({})
+@pytest.mark.parametrize("ranks", [[], [1], [0, 2]])
+def test_metas_without_some_ranks_are_refused(server: ParameterServer, ranks: list[int]) -> None:
+    register(server, "step-1", 1)
+    meta = server.get_metas()[0]
+    with pytest.raises(CheckpointEngineError, match=r"some are missing|no rank registered"):
+        server.load_metas({rank: {**meta, "rank": rank} for rank in ranks})
 
 
 def test_metas_come_from_gathering(server: ParameterServer) -> None:

@@ -448,16 +448,6 @@ def test_an_engine_of_two_workers_changes_as_one(server: ParameterServer) -> Non
         assert [worker.weights for worker in workers] == [digests(version(1))] * 2
 
 
-def test_the_calls_of_a_rank_that_is_not_among_the_ranks_are_not_made(
-    server: ParameterServer, engines: Engines
-) -> None:
-    register(server, "step-1", 1)
-    called = threading.Event()
-    with pytest.raises(UpdateFailed, match="no engine said hello"):
-        server.update("step-1", lambda handles: called.set(), ranks=[5], timeout=SHORT)
-    assert not called.is_set()
-
-
 # What loaders do to what they are given
 
 

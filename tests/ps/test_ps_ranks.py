@@ -160,16 +160,6 @@ def test_ranks_may_register_different_tensors_but_not_under_one_name(two_hosts: 
     bring(two_hosts, 7)
 
 
-def test_only_the_engines_of_some_ranks_may_be_updated(two_hosts: Ranks) -> None:
-    bring(two_hosts, 8)
-    call_all(two_hosts, "register", name="some", seed=9, share=shares(two_hosts))
-    outcomes = call_all(two_hosts, "update", name="some", ranks=[[1], [1]])
-    assert {outcome["outcome"] for outcome in outcomes} == {"published"}
-    assert [replica["rank"] for replica in outcomes[0]["replicas"]] == [1]
-    assert call_all(two_hosts, "weights") == [digests(version(8)), digests(version(9))]
-    call_all(two_hosts, "unregister", name="some")
-
-
 # A no anywhere is a no everywhere
 
 

@@ -30,7 +30,8 @@ from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.sessions import Door
-from checkpoint_engine.update.staging import RankMeta, Version, deliver
+from checkpoint_engine.update.staging import deliver
+from checkpoint_engine.update.versions import RankMeta, Version
 
 __all__ = ["measure_broadcast"]
 

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from checkpoint_engine.update.probe import Probe
     from checkpoint_engine.update.protocol import Report
 
-__all__ = ["show_report", "update"]
+__all__ = ["reach", "show_report", "update"]
 
+# Whether each of a method's updates is read from peers.
+METHODS = {"broadcast": (False,), "p2p": (True,), "all": (False, True)}
 REACH_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 
 
 def update(
-    checkpoint_path: Annotated[Path, typer.Option(help="Safetensors file, or HF folder.")],
+    checkpoint_path: Annotated[
+        Path | None, typer.Option(help="Safetensors file, or HF folder.")
+    ] = None,
     endpoint: Annotated[
         list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
     ] = None,
@@ -42,10 +46,18 @@ def update(
         str | None, typer.Option(help="Label that engines show; default the checkpoint's name.")
     ] = None,
     uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
-    update_method: Annotated[str, typer.Option(help="broadcast.")] = "broadcast",
+    update_method: Annotated[
+        str, typer.Option(help="broadcast; p2p: read from each other; all: one, then the other.")
+    ] = "broadcast",
     mode: Annotated[
         str, typer.Option(help="staged, streamed, or auto: streamed if memory is short.")
     ] = "auto",
+    save_metas_file: Annotated[
+        Path | None, typer.Option(help="Write how new engines join; keep it secret.")
+    ] = None,
+    load_metas_file: Annotated[
+        Path | None, typer.Option(help="Join what another server published: see `join`.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 600.0,
     on_failure: Annotated[str, typer.Option(help="rollback or quarantine.")] = "rollback",
     min_replicas: Annotated[
@@ -69,8 +81,15 @@ def update(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Update running engines to a checkpoint, all of them or none."""
-    if update_method != "broadcast":
-        raise UsageError(f"--update-method {update_method} is not available yet; use broadcast")
+    if load_metas_file is not None:
+        from checkpoint_engine.cli.join import join
+
+        join(load_metas_file, endpoint, inference_parallel_size, uds, timeout, report, as_json)
+        return
+    if checkpoint_path is None:
+        raise UsageError("--checkpoint-path is missing: a safetensors file, or a folder")
+    if update_method not in METHODS:
+        raise UsageError(f"--update-method {update_method}: it is one of {', '.join(METHODS)}")
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"{report}: its folder does not exist")
     endpoints = endpoint or ["http://localhost:19730"]
@@ -78,6 +97,7 @@ def update(
     from checkpoint_engine.calls import engine_requests
     from checkpoint_engine.ps import ParameterServer
     from checkpoint_engine.sources import SafetensorsSource, Share, safetensors_files
+    from checkpoint_engine.update.metas import save_metas_file as save
 
     server = ParameterServer()
     try:
@@ -95,23 +115,27 @@ def update(
             server.register_source(checkpoint_name, part, mode=mode)
         with working("waiting for engines and ranks", server.rank == 0):
             if requests:
-                _reach(endpoints, uds)
+                reach(endpoints, uds)
             server.gather_metas(checkpoint_name)
-        with working("updating", server.rank == 0):
-            result = server.update(
-                checkpoint_name,
-                requests,
-                timeout=timedelta(seconds=timeout),
-                weight_version=weight_version,
-                on_failure=on_failure,
-                min_replicas=min_replicas,
-                require_rollback=require_rollback,
-                base=base,
-                probe=_probe(probe_url, probe_seconds, probe_threshold),
-                report=report,
-            )
-        if server.rank == 0:
-            show_report(result, as_json=as_json)
+            if save_metas_file is not None and server.rank == 0:
+                save(save_metas_file, server.get_metas())
+        for by_peers in METHODS[update_method]:
+            with working("updating", server.rank == 0):
+                result = server.update(
+                    checkpoint_name,
+                    requests,
+                    timeout=timedelta(seconds=timeout),
+                    ranks=range(server.world_size) if by_peers else None,
+                    weight_version=weight_version,
+                    on_failure=on_failure,
+                    min_replicas=min_replicas,
+                    require_rollback=require_rollback,
+                    base=base,
+                    probe=_probe(probe_url, probe_seconds, probe_threshold),
+                    report=report,
+                )
+            if server.rank == 0:
+                show_report(result, as_json=as_json)
         time.sleep(sleep_time)
     except UpdateFailed as failure:
         if as_json and failure.report is not None and server.rank == 0:
@@ -121,7 +145,7 @@ def update(
         server.close()
 
 
-def _reach(endpoints: Sequence[str], uds: str | None) -> None:
+def reach(endpoints: Sequence[str], uds: str | None) -> None:
     """Wait until every engine answers; one that waits for its first weights may be unhealthy.
 
     Raises:

@@ -14,11 +14,13 @@ from concurrent.futures import Executor
 
 import xxhash
 
+from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk
-from checkpoint_engine.plan.buckets import plan_buckets
+from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 
 __all__ = [
     "PIECE_BYTES",
+    "check_bucket",
     "chunk_digest",
     "chunk_digests",
     "digest_pieces",
@@ -65,3 +67,17 @@ def first_mismatch(
 
     groups = [bucket.chunks for bucket in plan_buckets(chunks, bucket_bytes=2 * CHUNK_BYTES)]
     return next((chunk for chunk in pool.map(is_wrong, groups) if chunk is not None), None)
+
+
+def check_bucket(bucket: Bucket, memory: memoryview, where: str) -> None:
+    """Check every chunk of a bucket, whose bytes `memory` holds.
+
+    Raises:
+        VerificationError: one breaks the promise of its digest; names the tensor and `where`.
+    """
+    for chunk in bucket.chunks:
+        start = chunk.offset - bucket.offset
+        if chunk_digest(memory[start : start + chunk.length]) != chunk.digest:
+            raise VerificationError(
+                f"tensor {chunk.tensor!r}: bytes differ from the manifest {where}"
+            )

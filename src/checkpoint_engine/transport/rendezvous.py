@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -101,6 +101,13 @@ class Rendezvous:
         """Keys of their own under `name`, over the same connection."""
         self._refresh()
         return self._child(self.store, f"{self._prefix}{name}/", [])
+
+    def subset(self, ranks: Sequence[int]) -> Rendezvous:
+        """The keys that these ranks alone share; they are numbered anew, in this order."""
+        prefix = f"{self._prefix}ranks {','.join(map(str, ranks))}/"
+        return Rendezvous(
+            self._connection(), ranks.index(self.rank), len(ranks), prefix=prefix, idle=self._idle
+        )
 
     def group_store(self, name: str) -> Store:
         """A torch store under `name` for a process group, which keeps its connection."""

@@ -29,6 +29,7 @@ from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Log, Rendezvous
 from checkpoint_engine.update.coordinator import Coordinator, Opening, Policy
+from checkpoint_engine.update.fetch import fetch
 from checkpoint_engine.update.protocol import (
     Deadlines,
     Decision,
@@ -40,16 +41,37 @@ from checkpoint_engine.update.protocol import (
     decode,
 )
 from checkpoint_engine.update.sessions import Door, Sessions
-from checkpoint_engine.update.staging import Version, deliver, parts_on
+from checkpoint_engine.update.staging import deliver
 from checkpoint_engine.update.streaming import files_for
+from checkpoint_engine.update.versions import Version, parts_on
 
-__all__ = ["Conductor", "Recorder", "Request", "record"]
+__all__ = ["Calls", "Conductor", "Recorder", "Request", "record"]
 
 Request = Callable[[Sequence[tuple[str, str]]], None]
 """Makes an engine take the update: called with every rank's (device uuid, handle)."""
 
 MEET_SECONDS = 60.0
 GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a rank calls its engines with.
+
+    Attributes:
+        requests: each makes an engine take the update.
+        open_ended: whether one of them may reach more than one engine.
+    """
+
+    requests: tuple[Request, ...]
+    open_ended: bool
+
+    @classmethod
+    def of(cls, requests: Request | Sequence[Request]) -> Calls:
+        """A caller's own function may reach any number of engines; of a list, each reaches one."""
+        if callable(requests):
+            return cls((requests,), open_ended=True)
+        return cls(tuple(requests), open_ended=False)
 
 
 class _Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,16 +99,16 @@ class Conductor:
     parent: str | None = None
     base: str | None = None
     scope: Rendezvous = field(init=False)
+    received: Segment | None = field(init=False, default=None)
     _events: _Outbox = field(init=False)
     _timeline: Timeline = field(init=False)
 
-    def run(self, number: int, requests: Sequence[Request], *, open_ended: bool) -> Report:
+    def run(self, number: int, calls: Calls) -> Report:
         """Take part in the `number`th update of these ranks; returns its report.
 
         Args:
             number: counts the updates of these ranks.
-            requests: this rank's calls of engines.
-            open_ended: whether one of them may reach more than one engine.
+            calls: of this rank's engines.
 
         Raises:
             PeerLost, DeadlineExceeded: the coordinator is gone. What it decided, its registry
@@ -99,18 +121,20 @@ class Conductor:
         if rank == 0:
             self._open(scope, number)
         start = decode(scope.get("start", MEET_SECONDS), _Start)
-        received: Segment | None = None
         sessions: Sessions | None = None
         try:
-            received, sessions = self._stage(scope, start, len(requests), open_ended=open_ended)
-            return self._follow(scope, sessions, requests)
+            sessions = self._stage(scope, start, calls)
+            return self._follow(scope, sessions, calls.requests)
         finally:
             self.door.attend(None)
             if sessions is not None:
                 sessions.close()
-            if received is not None:
-                received.release()
             self._events.close()
+
+    def close(self) -> None:
+        """Let go of what this rank received, which engines and peers may have leased by now."""
+        if self.received is not None:
+            self.received.release()
 
     # ── rank 0 ──────────────────────────────────────────────────────────────────────────────
 
@@ -148,41 +172,29 @@ class Conductor:
 
     # ── every rank ──────────────────────────────────────────────────────────────────────────
 
-    def _stage(
-        self, scope: Rendezvous, start: _Start, num_requests: int, *, open_ended: bool
-    ) -> tuple[Segment | None, Sessions | None]:
+    def _stage(self, scope: Rendezvous, start: _Start, calls: Calls) -> Sessions | None:
         """Get the bytes to this host and open the door; a failure is this rank's "no"."""
         rank, version = scope.rank, self.version
-        host = version.hosts.of_rank[rank]
-        received: Segment | None = None
         sessions: Sessions | None = None
         error: RemoteError | None = None
-        num_sent = 0
+        num_moved = 0
         try:
             with self._timeline.span("stage"):
-                if self.collective is not None:
-                    self.collective.connect(start.update, start.deadlines.ready_seconds)
-                received, num_sent = deliver(
-                    version,
-                    rank,
-                    self.store,
-                    self.collective,
-                    self._timeline,
-                    timeout_seconds=start.deadlines.ready_seconds,
-                )
-                name = received.name if received else ""
+                num_moved = self._receive(start)
+                name = self.received.name if self.received else ""
                 names = scope.gather("received", name.encode(), start.deadlines.ready_seconds)
         except Exception as failure:
             error = RemoteError.of(failure, f"rank {rank}")
             scope.offer("received", b"")  # nobody needs to wait for this rank
         else:
-            lead = version.hosts.lead(host)
+            host = version.hosts.of_rank[rank]
+            received = [name.decode() for name in names]
             offer = Offer(
                 update=start.update,
                 epoch=start.epoch,
                 version=start.version,
                 manifest=version.manifest.to_msgpack() if version.manifest else b"",
-                parts=parts_on(version, host, names[lead].decode()),
+                parts=parts_on(version, host, received),
                 files=files_for(rank, version.metas),
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
@@ -192,14 +204,38 @@ class Conductor:
         self._events.post(
             Staged(
                 rank=rank,
-                num_requests=num_requests,
-                open_ended=open_ended,
-                bytes_sent=num_sent,
+                num_requests=len(calls.requests),
+                open_ended=calls.open_ended,
+                bytes_sent=num_moved,
                 error=error,
                 spans=tuple(self._timeline.spans),
             )
         )
-        return received, sessions
+        return sessions
+
+    def _receive(self, start: _Start) -> int:
+        """What this host lacks, by broadcast or from peers; returns the bytes that this moved."""
+        seconds = start.deadlines.ready_seconds
+        if self.version.by_peers:
+            self.received, num_moved = fetch(
+                self.version,
+                self.rendezvous.rank,
+                self.store,
+                self._timeline,
+                timeout_seconds=seconds,
+            )
+            return num_moved
+        if self.collective is not None:
+            self.collective.connect(start.update, seconds)
+        self.received, num_moved = deliver(
+            self.version,
+            self.rendezvous.rank,
+            self.store,
+            self.collective,
+            self._timeline,
+            timeout_seconds=seconds,
+        )
+        return num_moved
 
     def _follow(
         self, scope: Rendezvous, sessions: Sessions | None, requests: Sequence[Request]

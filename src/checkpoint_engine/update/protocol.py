@@ -300,9 +300,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What an update did. `bytes` is the version's size, `bytes_sent` what left a host's memory.
 
     `mode`: "staged"; "streamed", and then `why`; or "kept", back to what each replica still had.
-    `outcome`: "published", "rolled_back" (weights had changed and were changed back) or "aborted"
-    (none had). `degraded` names followers that failed. `verified` is True when every published
-    replica recomputed the version's digest from its live parameters.
+    `outcome`: "published", "rolled_back" (weights had changed and were changed back), "aborted"
+    (none had), or, on a rank that is not among those that update, "not_taking_part". `degraded`
+    names followers that failed. `verified` is True when every published replica recomputed the
+    version's digest from its live parameters.
     """
 
     update: str
@@ -322,6 +323,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     reason: RemoteError | None = None
     spans: tuple[Span, ...] = ()
     why: str = ""
+
+    @classmethod
+    def not_taking_part(cls, version: str) -> Report:
+        """Of a rank whose engines are not concerned."""
+        return cls(
+            update="", epoch=0, version=version, digest="", base=None, mode="", bytes=0,
+            outcome="not_taking_part", bytes_sent=0, seconds={}, pause_seconds=None,
+            verified=False, replicas=(),
+        )  # fmt: skip
 
 
 class Decision(_Message, frozen=True):

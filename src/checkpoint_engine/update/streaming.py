@@ -22,7 +22,7 @@ from checkpoint_engine.sources import Source
 from checkpoint_engine.sources.files import TensorFiles
 from checkpoint_engine.store import Store, digest_in_place
 from checkpoint_engine.transport.files import FilesAt
-from checkpoint_engine.update.staging import RankMeta
+from checkpoint_engine.update.versions import RankMeta
 
 __all__ = ["Stream", "Streams", "check_modes", "files_for"]
 

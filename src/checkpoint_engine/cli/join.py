@@ -1,0 +1,57 @@
+"""`ckpt-engine join`: bring new or quarantined engines to what a running server has published."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoint_engine.cli.console import working
+from checkpoint_engine.cli.update import reach, show_report
+
+__all__ = ["join"]
+
+
+def join(
+    load_metas_file: Annotated[
+        Path, typer.Option(help="What `update --save-metas-file` wrote; keep it secret.")
+    ],
+    endpoint: Annotated[
+        list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
+    ] = None,
+    inference_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
+    ] = 1,
+    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 600.0,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Bring engines to what another server has published, reading it from its ranks."""
+    from checkpoint_engine.calls import engine_requests
+    from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.update.metas import load_metas_file as load
+
+    endpoints = endpoint or ["http://localhost:19730"]
+    metas = load(load_metas_file)
+    server = ParameterServer()
+    try:
+        requests = engine_requests(
+            endpoints,
+            rank=server.rank,
+            world_size=server.world_size,
+            inference_parallel_size=inference_parallel_size,
+            timeout_seconds=timeout,
+            uds=uds,
+        )
+        with working("waiting for engines and reading from peers", server.rank == 0):
+            if requests:
+                reach(endpoints, uds)
+            limit = timedelta(seconds=timeout)
+            result = server.join(metas, requests, timeout=limit, report=report)
+        if server.rank == 0:
+            show_report(result, as_json=as_json)
+    finally:
+        server.close()

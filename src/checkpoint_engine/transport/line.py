@@ -1,0 +1,93 @@
+"""A ZeroMQ connection to one peer that says at once when the peer is gone.
+
+ZeroMQ connects again and again in silence, which hides that a process has died. A monitor of the
+socket tells; whoever holds the line decides what then.
+
+    line = Line(context, zmq.DEALER, "10.0.0.1:4711")
+    line.socket.send(request)
+    line.wait(timeout_seconds=10)           # or PeerLost, or DeadlineExceeded
+    answer = line.socket.recv()
+"""
+
+from __future__ import annotations
+
+import time
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost
+
+__all__ = ["Line"]
+
+GONE = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class Line:
+    """One connection, used by one thread at a time. Owns its socket, not the context.
+
+    Args:
+        context: whose socket it becomes.
+        address: host and port of the peer.
+        max_message_bytes: a peer that sends more is hung up on.
+        server_key: the peer's public CURVE key; None for a connection in the clear.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        *,
+        max_message_bytes: int,
+        server_key: str | None = None,
+    ) -> None:
+        self.address = address
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._monitor = self.socket.get_monitor_socket(GONE)
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            if server_key is not None:
+                self.socket.curve_publickey, self.socket.curve_secretkey = zmq.curve_keypair()
+                self.socket.curve_serverkey = server_key.encode()
+            self.socket.connect(f"tcp://{address}")
+        except (zmq.ZMQError, ValueError) as error:
+            self.close()
+            raise HandoverError(f"{address!r} is no address of a source: {error}") from error
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Until there is something to receive.
+
+        Raises:
+            PeerLost: the peer is gone, or hung up.
+            DeadlineExceeded: it is there, or seems to be, and says nothing.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            left_seconds = max(0.0, deadline - time.monotonic())
+            ready = dict(self._poller.poll(int(1000 * left_seconds)))
+            if self.socket in ready:
+                return
+            if self._monitor in ready:
+                parse_monitor_message(self._monitor.recv_multipart())
+                raise PeerLost(f"the source at {self.address} is gone, or has hung up")
+            if not left_seconds:
+                raise DeadlineExceeded(
+                    f"the source at {self.address} said nothing for {timeout_seconds:.0f} s"
+                )
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.socket.disable_monitor()
+        self._monitor.close()
+        self.socket.close()

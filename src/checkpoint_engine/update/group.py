@@ -1,0 +1,127 @@
+"""Ranks that conduct updates together: all of a server, or those that read from the others.
+
+A group counts its updates, each of which has keys of its own in the rendezvous, and keeps what
+outlives an update: the collective of its hosts.
+
+    group = Group(rendezvous, store, door, shelf, registry)
+    report = group.conduct(version, "step-120", Calls.of(req_func), timeout_seconds=600)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from checkpoint_engine.registry import Registry
+from checkpoint_engine.store import Store
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update.conductor import Calls, Conductor
+from checkpoint_engine.update.coordinator import Policy
+from checkpoint_engine.update.protocol import Report, decode
+from checkpoint_engine.update.sessions import Door
+from checkpoint_engine.update.shelf import Description, Shelf, Survey, ask, survey
+from checkpoint_engine.update.versions import RankMeta, Version
+
+__all__ = ["Group"]
+
+SURVEY_SECONDS = 120.0
+
+
+class Group:
+    """One rank's part in its group.
+
+    Args:
+        rendezvous: of the group's ranks; its rank 0 coordinates.
+        store: this rank's.
+        door: where its engines say hello.
+        shelf: what its peers may read.
+        registry: opens the coordinator's record.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        store: Store,
+        door: Door,
+        shelf: Shelf,
+        registry: Callable[[], Registry],
+    ) -> None:
+        self.rendezvous = rendezvous
+        self.registry = registry
+        self._store, self._door, self._shelf = store, door, shelf
+        self._collective: Collective | None = None
+        self._published: str | None = None
+        self._num_updates = 0
+        self._scopes: list[Rendezvous] = []
+
+    def conduct(
+        self,
+        version: Version,
+        label: str,
+        calls: Calls,
+        *,
+        timeout_seconds: float,
+        policy: Policy | None = None,
+        base: str | None = None,
+    ) -> Report:
+        """Take part in one update; every rank of the group calls it, and gets the same report."""
+        # The last update's keys may still be read by a slow rank; those before it, by nobody.
+        while len(self._scopes) > 1:
+            self._scopes.pop(0).clear()
+        self._num_updates += 1
+        conductor = Conductor(
+            label=label,
+            version=version,
+            rendezvous=self.rendezvous,
+            store=self._store,
+            door=self._door,
+            collective=self._collective_of(version),
+            policy=policy or Policy(),
+            timeout_seconds=timeout_seconds,
+            registry=self.registry,
+            parent=self._published,
+            base=base,
+        )
+        try:
+            with self._shelf.updating():
+                result = conductor.run(self._num_updates, calls)
+                if result.outcome == "published":
+                    self._published = result.digest
+                    self._shelf.keep(label, version, self.rendezvous.rank, conductor.received)
+        finally:
+            conductor.close()
+            self._scopes.append(conductor.scope)
+        return result
+
+    def ask(self, metas: Sequence[RankMeta]) -> Description:
+        """What the server of these metas has published; this group's first rank asks it."""
+        found = msgspec.msgpack.encode(ask(metas)) if self.rendezvous.rank == 0 else b""
+        described: Description = decode(self._from_first("ask", found), Description)
+        return described
+
+    def read_from_peers(self, version: Version, metas: Sequence[RankMeta]) -> Version:
+        """The version as this group reads it; its first rank finds out who is there to be read."""
+        found = msgspec.msgpack.encode(survey(version)) if self.rendezvous.rank == 0 else b""
+        surveyed: Survey = decode(self._from_first("survey", found), Survey)
+        return version.read_by(metas, surveyed.copies, frozenset(surveyed.lost))
+
+    def close(self) -> None:
+        """Leave the collective, if there is one."""
+        if self._collective is not None:
+            self._collective.abandon()
+
+    def _from_first(self, key: str, value: bytes) -> bytes:
+        return self.rendezvous.gather(key, value, SURVEY_SECONDS)[0]
+
+    def _collective_of(self, version: Version) -> Collective | None:
+        """That of the hosts' leads, if they broadcast to each other and this rank leads."""
+        hosts, rank = version.hosts, self.rendezvous.rank
+        host = hosts.of_rank[rank]
+        is_broadcast = version.mode != "streamed" and not version.by_peers
+        if not is_broadcast or len(hosts.names) == 1 or hosts.lead(host) != rank:
+            return None
+        if self._collective is None or self._collective.size != len(hosts.names):
+            self._collective = Collective(self.rendezvous, index=host, size=len(hosts.names))
+        return self._collective
