@@ -202,9 +202,9 @@ class ParameterServer:
             device_uuid=device_uuid(index=self._device_index()),
             segment=shard.segment.name if shard else "",
             manifest=known.manifest if known else Manifest.of(()),
+            peer=self._shelf.peer,
             files=stream.name if stream else "",
             why=stream.why if stream else "",
-            peer=self._shelf.peer,
         )
         encoded = rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
         return [decode(one, RankMeta) for one in encoded]
@@ -362,20 +362,24 @@ class ParameterServer:
         self.load_metas(metas)
         sources, group = self._gathered().sources, self._group(range(self.world_size))
         result: Report | None = None
+        has_tried = False
         while time.monotonic() < deadline:
             found = group.ask(sources)
-            if result is not None and found.updating:
+            if has_tried and found.updating:
                 time.sleep(SETTLE_SECONDS)
                 continue
             if result is not None and (result.version, result.digest) == found.name:
                 return result
             self._version, self._name = Version.of(found.metas), found.label
-            left = timedelta(seconds=deadline - time.monotonic())
+            left, has_tried = timedelta(seconds=deadline - time.monotonic()), True
             try:
                 result = self.update(found.label, req_func, timeout=left, report=report)
             except UpdateFailed:
-                if group.ask(sources).name == found.name:
-                    raise  # else its memory was gone already: there is a newer version to read
+                now = group.ask(sources)
+                # Else its memory was gone already, or its update has these engines at the moment.
+                if now.name == found.name and not (found.updating or now.updating):
+                    raise
+                result = None
         raise DeadlineExceeded("the other server publishes faster than these engines can follow")
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
@@ -389,8 +393,8 @@ class ParameterServer:
     def close(self) -> None:
         """Stop listening and return all memory that no replica maps."""
         self._door.close()
-        self._streams.close()
         self._shelf.close()
+        self._streams.close()
         self._store.close()
         for group in self._groups.values():
             group.close()

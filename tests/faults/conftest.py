@@ -17,6 +17,14 @@ def one_thread_for_truth() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets, whose paths are short."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def start_toys() -> Iterator[Start]:
     """Starts toy replicas and trainers; a socket's path must be short."""

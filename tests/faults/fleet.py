@@ -129,21 +129,34 @@ class Fleet:
         return label(self._last_seed)
 
     @property
+    def num_offered(self) -> int:
+        """How many versions there are, besides what replicas start with."""
+        return self._last_seed
+
+    @property
     def offered(self) -> dict[str, Truth]:
         """Whatever a replica may truthfully serve, by its digest."""
         truths = [truth(seed) for seed in range(self._last_seed + 1)]
         return {one.digest: one for one in truths}
 
     def start_the_dead(self, **env: str) -> None:
-        """Start what was killed, and nothing else. Ranks know each other: they start together."""
-        for name, address in self.addresses.items():
-            known = self.replicas.get(name)
-            if known is None or not known.alive:
-                if known is not None:
-                    known.close()
-                Path(address).unlink(missing_ok=True)
-                self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
-                wait_until(Path(address).exists)
+        """Start what was killed, and nothing else."""
+        for name in self.addresses:
+            if name not in self.replicas or not self.replicas[name].alive:
+                self.start_replica(name)
+        self.start_dead_ranks(**env)
+
+    def start_replica(self, name: str) -> None:
+        """One that has died, or was never there, with the weights that replicas start with."""
+        known, address = self.replicas.get(name), self.addresses[name]
+        if known is not None:
+            known.close()
+        Path(address).unlink(missing_ok=True)
+        self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
+        wait_until(Path(address).exists)
+
+    def start_dead_ranks(self, **env: str) -> None:
+        """Ranks know each other: they start together."""
         if not self.ranks or not all(rank.alive for rank in self.ranks):
             for rank in self.ranks:
                 rank.kill()
@@ -154,9 +167,21 @@ class Fleet:
         env = {"CKPT_ENGINE_SOCKET_DIR": str(self.sockets), "CKPT_ENGINE_STATE_DIR": str(folder)}
         return self.start("trainer", env)
 
+    def make_joiner(self, folder: Path) -> Forked:
+        """A server on a host of its own, from which some replicas are joined to the trainer's."""
+        return self.start(
+            "trainer",
+            {
+                "CKPT_ENGINE_HOST": str(folder),
+                "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
+                "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
+            },
+        )
+
     def register(self) -> int:
         """A new version, on every rank; returns its seed."""
         self._last_seed += 1
+        truth(self._last_seed)  # made before anybody can ask for it, and from another thread
         self.all("register", seed=self._last_seed, streamed=self.streamed)
         return self._last_seed
 
@@ -347,9 +372,10 @@ class Fleet:
         if len(self.ranks) == 1:
             held = Holdings(self.trainer.pid)
             num_leases = sum(replica.num_maps for replica in replicas.values())
-            # Its commands, its door, where peers ask it, and the other end of each lease; two
-            # descriptors a segment.
-            if held.num_sockets != 3 + num_leases or held.num_memories != 2 * held.num_maps:
+            # Its commands, its door, the port where peers ask, that where they read if they ever
+            # did, and the other end of each lease; two descriptors a segment.
+            num_own = held.num_sockets - num_leases
+            if num_own not in (3, 4) or held.num_memories != 2 * held.num_maps:
                 found.append(f"the trainer holds {held} for {num_leases} leases")
             if held.num_maps > MOST_SEGMENTS or held.num_files > 1:
                 found.append(f"the trainer holds {held}")

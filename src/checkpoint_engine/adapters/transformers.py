@@ -66,10 +66,11 @@ class TransformersAdapter:
     """See the module's text; the methods are those of `adapters.base.Adapter`.
 
     Args:
-        model: what serves; its parameters are changed in place.
-        identity: what it says of itself.
-        serving: the server around it.
+        model: on the CPU; its parameters are written in place.
+        identity: who greets.
+        serving: the server around the model.
         loaded_from: opens the files that the model was loaded from, if it was.
+        names: which of the model's names the version that it was loaded with has; default all.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TransformersAdapter:
         identity: Identity,
         serving: Serving,
         loaded_from: Callable[[], SafetensorsSource] | None = None,
+        names: frozenset[str] | None = None,
     ) -> None:
         self.identity = identity
         self.epoch = 0
@@ -85,7 +87,7 @@ class TransformersAdapter:
         self._live = LiveModel(model)
         self._serving = serving
         self._loaded_from = loaded_from
-        self._names = self._live.names
+        self._names = self._live.names if names is None else self._live.names & names
         self._recorded = self._live.digests()
         self._served = self._describe(self._recorded, self._names)
         self._base: Content | None = None
@@ -115,6 +117,11 @@ class TransformersAdapter:
         Unlike `tear` it leaves an update alone that is being prepared, which may mend them.
         """
         self._torn = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Which of the model's names the version that is served has."""
+        return self._names
 
     def base(self) -> str | None:
         """Digest of what is served, as it was last computed; None if that is no version."""

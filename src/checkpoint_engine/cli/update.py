@@ -49,15 +49,15 @@ def update(
     update_method: Annotated[
         str, typer.Option(help="broadcast; p2p: read from each other; all: one, then the other.")
     ] = "broadcast",
-    mode: Annotated[
-        str, typer.Option(help="staged, streamed, or auto: streamed if memory is short.")
-    ] = "auto",
     save_metas_file: Annotated[
         Path | None, typer.Option(help="Write how new engines join; keep it secret.")
     ] = None,
     load_metas_file: Annotated[
         Path | None, typer.Option(help="Join what another server published: see `join`.")
     ] = None,
+    mode: Annotated[
+        str, typer.Option(help="staged, streamed, or auto: streamed if memory is short.")
+    ] = "auto",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 600.0,
     on_failure: Annotated[str, typer.Option(help="rollback or quarantine.")] = "rollback",
     min_replicas: Annotated[

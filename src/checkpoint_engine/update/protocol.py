@@ -302,8 +302,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `mode`: "staged"; "streamed", and then `why`; or "kept", back to what each replica still had.
     `outcome`: "published", "rolled_back" (weights had changed and were changed back), "aborted"
     (none had), or, on a rank that is not among those that update, "not_taking_part". `degraded`
-    names followers that failed. `verified` is True when every published replica recomputed the
-    version's digest from its live parameters.
+    names followers that failed. `verified` is True when every
+    published replica recomputed the version's digest from its live parameters.
     """
 
     update: str

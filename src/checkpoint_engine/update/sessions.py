@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import threading
 import time
@@ -33,6 +34,7 @@ from checkpoint_engine.update.protocol import (
     Confirmed,
     Decision,
     Event,
+    FromRank,
     FromSession,
     Hello,
     Offer,
@@ -49,6 +51,7 @@ Heard = FromSession | Hold | LetGo | Open
 GREETING_SECONDS = 30.0
 GRACE_SECONDS = 60.0
 ACCEPT_RETRY_SECONDS = 0.1
+NO_UPDATE = Stop(reason="no update is under way at this handle")
 
 
 class Door:
@@ -105,19 +108,34 @@ class Door:
         try:
             sockets.check_peer(connection)
             first = channel.receive(GREETING_SECONDS)
+            sessions = self._sessions
             if isinstance(first, Hold):
                 serve_lease(channel, first, self._segment)
             elif isinstance(first, Open):
                 serve_files(channel, first, self._files)
-            elif isinstance(first, Hello) and self._sessions is not None:
-                self._sessions.serve(channel, first)
+            elif isinstance(first, Hello) and sessions is not None:
+                sessions.serve(channel, first)
             else:
-                channel.send(Stop(reason="no update is under way at this handle"))
+                channel.send(NO_UPDATE)
         except CheckpointEngineError:
             return  # a peer that is not trusted, or speaks something else: nothing has begun
         finally:
             channel.close()
             self._channels.discard(channel)
+
+
+class _Line:
+    """The way to one session, which hears what was decided in the order in which it was."""
+
+    def __init__(self, channel: Channel[Heard]) -> None:
+        self.channel = channel
+        self.untold: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def tell(self) -> None:
+        with self._lock:
+            while not self.untold.empty():
+                self.channel.send(self.untold.get())
 
 
 class Sessions:
@@ -133,7 +151,8 @@ class Sessions:
         self._offer, self._post = offer, post
         self._relay = Relay(rank, offer)
         self._lock = threading.Lock()
-        self._channels: dict[str, Channel[Heard]] = {}
+        self._lines: dict[str, _Line] = {}
+        self._closed = False
 
     def serve(self, channel: Channel[Heard], hello: Hello) -> None:
         """Play the rank's part with one session until it is over. Runs on its thread."""
@@ -141,8 +160,12 @@ class Sessions:
         deadlines = self._offer.deadlines
         longest = deadlines.ready_seconds + deadlines.pause_seconds + GRACE_SECONDS
         with self._lock:
+            if self._closed:  # the door has let it in, and nobody would decide for it
+                channel.send(NO_UPDATE)
+                return
             name, actions = self._relay.joined(hello)
-            self._channels[name] = channel
+            self._lines[name] = _Line(channel)
+            self._line_up(actions)
         try:
             self._perform(actions)
             while self._is_open(name):
@@ -150,7 +173,7 @@ class Sessions:
                 if not isinstance(vote, (Ready, Applied, Confirmed, Withdrawn)):
                     raise ProtocolError(f"a vote was due, not {type(vote).__name__}")
                 with self._lock:
-                    actions = self._relay.voted(name, vote)
+                    actions = self._line_up(self._relay.voted(name, vote))
                 self._perform(actions)
         except (PeerLost, ProtocolError, DeadlineExceeded) as error:
             with self._lock:
@@ -160,25 +183,33 @@ class Sessions:
     def decide(self, decision: Decision) -> None:
         """Pass "apply", "publish" or "stop" on."""
         with self._lock:
-            actions = self._relay.decided(decision)
+            actions = self._line_up(self._relay.decided(decision))
         self._perform(actions)
 
     def close(self) -> None:
         """End every session; one that is still in doubt returns to its base."""
         with self._lock:
-            channels = list(self._channels.values())
-        for channel in channels:
-            channel.close()
+            self._closed = True
+            lines = list(self._lines.values())
+        for line in lines:
+            line.channel.close()
 
     def _is_open(self, name: str) -> bool:
         with self._lock:
             return self._relay.is_open(name)
+
+    def _line_up(self, actions: list[Action]) -> list[Action]:
+        """Fix, under the lock, the order of what is told: telling it may take time."""
+        for action in actions:
+            if isinstance(action, Tell):
+                self._lines[action.session].untold.put(action.message)
+        return actions
 
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Tell):
                 # A peer that is gone is noticed by the thread that listens to it.
                 with contextlib.suppress(PeerLost, DeadlineExceeded):
-                    self._channels[action.session].send(action.message)
+                    self._lines[action.session].tell()
             else:
                 self._post(action)

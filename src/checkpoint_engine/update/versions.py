@@ -39,7 +39,7 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
         segment: name of the segment that holds the shard; "" if it registered nothing.
         peer: where other hosts read from it, and the secrets for that.
         files: name of the files that hold it instead; "" unless it is to be streamed.
-        why: what decided that it is streamed.
+        why: what decided between the two.
     """
 
     rank: int
@@ -135,7 +135,10 @@ class Version:
             UsageError: a source cannot be read from.
         """
         if self.mode == "streamed":
-            raise UsageError("peers read memory, and a streamed version is in none: stage it")
+            raise UsageError(
+                "a version that is streamed is in no memory that peers could read: stage it, or "
+                "update from its files"
+            )
         for source, meta in enumerate(self.sources):
             if meta.segment and meta.peer is None and source not in lost:
                 raise UsageError(f"rank {meta.rank} does not let peers read; gather its metas anew")
@@ -153,7 +156,7 @@ class Version:
 
     @property
     def why(self) -> str:
-        """What decided that it is streamed."""
+        """What decided that."""
         return next((meta.why for meta in self.sources if meta.why), "")
 
     def is_on(self, host: int, run: Run) -> bool:
