@@ -7,11 +7,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from e2e_server import Server
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.timeout(170)
 def test_a_streamed_update_says_what_a_fresh_start_says_and_goes_back(
     start: Callable[..., Server], run: Run, folders: tuple[Path, Path]
 ) -> None:
