@@ -58,7 +58,7 @@ class GroupStore(Store):
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all of them are set."""
-        seconds = (timeout or self._timeout).total_seconds()
+        seconds = (self._timeout if timeout is None else timeout).total_seconds()
         with self._lock:
             for key in keys:
                 self._keys.get(self._prefix + key, seconds)

@@ -18,7 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost
 
-__all__ = ["Line", "Refused", "notice_lost_hosts"]
+__all__ = ["Line", "notice_lost_hosts"]
 
 IDLE_SECONDS, PROBE_SECONDS, NUM_PROBES = 3, 2, 3
 
@@ -30,10 +30,6 @@ GONE = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-
-
-class Refused(PeerLost):
-    """Nobody listens at the address, or not yet."""
 
 
 def notice_lost_hosts(socket: zmq.Socket[bytes]) -> None:
@@ -94,7 +90,6 @@ class Line:
         """Until there is something to receive.
 
         Raises:
-            Refused: nobody listens there.
             PeerLost: the peer is gone, or hung up.
             DeadlineExceeded: it is there, or seems to be, and says nothing.
         """
@@ -105,9 +100,7 @@ class Line:
             if self.socket in ready:
                 return
             if self._monitor in ready:
-                event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-                if event in (zmq.EVENT_CLOSED, zmq.EVENT_CONNECT_RETRIED):
-                    raise Refused(f"{self._peer} is gone: nobody listens there")
+                parse_monitor_message(self._monitor.recv_multipart())
                 raise PeerLost(f"{self._peer} is gone, or has hung up")
             if not left_seconds:
                 raise DeadlineExceeded(f"{self._peer} said nothing for {timeout_seconds:.0f} s")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,6 @@ from checkpoint_engine.transport.address import (
     own_address,
 )
 from checkpoint_engine.transport.keystore import KeyClient, KeyServer
-from checkpoint_engine.transport.line import Refused
 from checkpoint_engine.transport.secret import configured_secret, credentials, found_secret, leave
 from checkpoint_engine.transport.sockets import socket_dir
 
@@ -115,16 +115,16 @@ class Meeting:
             DeadlineExceeded: rank 0 cannot be reached.
         """
         deadline = time.monotonic() + CONNECT_SECONDS
-        answered_until = time.monotonic()  # by somebody who then hung up: not once, but all along
+        silent_at = time.monotonic()  # the last time that nobody was there to hang up
         while True:
             try:
                 return self._try_to_reach()
-            except (Refused, DeadlineExceeded) as error:
-                failure: CheckpointEngineError = error
-                answered_until = time.monotonic()
+            except (_NotYetError, DeadlineExceeded) as error:
+                failure: Exception = error
+                silent_at = time.monotonic()
             except PeerLost as error:
                 failure = error
-                if time.monotonic() > answered_until + HANG_UP_SECONDS:
+                if time.monotonic() > silent_at + HANG_UP_SECONDS:
                     raise UsageError(
                         f"{error}: every rank needs the same CKPT_ENGINE_SECRET"
                     ) from error
@@ -146,10 +146,11 @@ class Meeting:
                 "same on each"
             )
         if secret is None:
-            raise Refused(
+            raise _NotYetError(
                 f"there is no secret for port {port} in {socket_dir()}, and CKPT_ENGINE_SECRET is "
                 "not set"
             )
+        _check_that_somebody_listens(host, int(port))
         store = KeyClient(address, credentials(secret))
         try:
             store.add("met", 1)
@@ -162,6 +163,17 @@ class Meeting:
         if self._launcher is not None:
             return self._launcher.told()
         return f"{LOOPBACK if self._is_one_host else self._host}:{self._port}"
+
+
+class _NotYetError(Exception):
+    """Rank 0 may still be starting."""
+
+
+def _check_that_somebody_listens(host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), ATTEMPT_SECONDS).close()
+    except OSError as error:
+        raise _NotYetError(error.strerror or str(error)) from error
 
 
 class _Launcher:
@@ -187,7 +199,7 @@ class _Launcher:
     def told(self) -> str:
         try:
             if not self._store.check([self._key]):
-                raise Refused("rank 0 has not told the launcher where it listens")
+                raise _NotYetError("rank 0 has not told the launcher where it listens")
             return str(self._store.get(self._key).decode())
         except RuntimeError as error:
             raise _launcher_lost(error) from error
