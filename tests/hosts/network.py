@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-RATE = "400mbit"  # so that an update takes long enough to be met in its middle
+RATE = "100mbit"  # so that an update takes long enough to be met in its middle
 
 
 def ip(*arguments: str) -> str:

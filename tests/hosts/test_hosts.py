@@ -108,7 +108,7 @@ def bring(ranks: list[Child], name: str, num_tensors: int) -> dict[str, str]:
 def begin_update(ranks: list[Child], name: str, hosts: list[Host]) -> list[int]:
     """Begin an update, and return once bytes travel."""
     before = [host.num_bytes_received for host in hosts]
-    numbers = [rank.send("update", name=name, timeout=6.0) for rank in ranks]
+    numbers = [rank.send("update", name=name, timeout=5.0) for rank in ranks]
     wait_until(
         lambda: all(
             host.num_bytes_received > old + TENSOR_BYTES
@@ -133,7 +133,7 @@ def test_two_hosts_one_that_joins_and_a_link_that_is_lost_and_comes_back(
     assert reader.call("join", metas=ranks[0].call("metas"))["outcome"] == "published"
     assert reader.call("weights") == served
 
-    register(ranks, "lost", num_tensors=60)
+    register(ranks, "lost", num_tensors=24)
     numbers = begin_update(ranks, "lost", [near, far])
     far.down()
     assert ranks[0].result(numbers[0])["outcome"] == "aborted"
@@ -149,7 +149,7 @@ def test_four_hosts_of_which_one_is_lost_in_the_middle_of_an_update(
 ) -> None:
     ranks = start(*network.hosts)
     served = bring(ranks, "v1", num_tensors=8)
-    register(ranks, "lost", num_tensors=60)
+    register(ranks, "lost", num_tensors=24)
     numbers = begin_update(ranks, "lost", network.hosts)
     network.hosts[3].kill()
     outcomes = [rank.result(n) for rank, n in zip(ranks[:3], numbers[:3], strict=True)]
