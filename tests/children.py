@@ -121,11 +121,21 @@ class Talker:
 
 
 class Child(Talker):
-    """A script of the tests in a process of its own; the context manager ends it."""
+    """A script of the tests in a process of its own; the context manager ends it.
 
-    def __init__(self, script: str, *arguments: str, options: Sequence[str] = (), **env: str):
+    `inside` is a command that runs Python, `options` are Python's.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *arguments: str,
+        inside: Sequence[str] = (),
+        options: Sequence[str] = (),
+        **env: str,
+    ):
         self._process = subprocess.Popen(
-            [sys.executable, *options, str(HERE / script), *arguments],
+            [*inside, sys.executable, *options, str(HERE / script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -35,6 +35,7 @@ from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.registry import Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
+from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.transport.sockets import socket_dir
 from checkpoint_engine.update.back import roll_back, watched
@@ -62,7 +63,8 @@ class ParameterServer:
         auto_pg: meet the other ranks when needed; if False, `init_process_group` must come first.
         gpu_count: devices of this host, to number this rank's; default: all that are found.
         mem_fraction: accepted for compatibility; updates are staged in host memory.
-        master_addr: where rank 0 is; default `$MASTER_ADDR`.
+        master_addr: where rank 0 is; default `$MASTER_ADDR`. If it is on another host, every rank
+            needs the same `$CKPT_ENGINE_SECRET`.
         master_port: a free port there; default torchrun's own, else `$MASTER_PORT` + 1.
     """
 
@@ -90,6 +92,7 @@ class ParameterServer:
         self._lock = threading.Lock()
         self._registry: Registry | None = None
         self._groups: dict[tuple[int, ...], Group] = {}
+        self._group_stores: list[GroupStore] = []
         self._version: Version | None = None
         self._name: str | None = None
 
@@ -164,13 +167,15 @@ class ParameterServer:
     ) -> None:
         """Make torch's default process group of these ranks (gloo) for the caller's own use.
 
-        The parameter server's transfers use a group of their own. An existing group is kept.
+        It meets in the ranks' own key store, and lasts until `close` at most. The parameter
+        server's transfers use a group of their own. An existing group is kept.
         `master_port` is accepted for compatibility; the ranks have met already.
         """
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            store = self._rendezvous.group_store("default")
+            store = self._rendezvous.group_store(f"default/{len(self._group_stores)}")
+            self._group_stores.append(store)
             dist.init_process_group(
                 "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
             )
@@ -391,7 +396,10 @@ class ParameterServer:
         self._rendezvous.barrier("user", timeout.total_seconds())
 
     def close(self) -> None:
-        """Stop listening and return all memory that no replica maps."""
+        """Stop listening and return all memory that no replica maps.
+
+        Rank 0 waits a few seconds for the others to close too: they may still need what it keeps.
+        """
         self._door.close()
         self._shelf.close()
         self._streams.close()
@@ -400,6 +408,9 @@ class ParameterServer:
             group.close()
         if self._registry is not None:
             self._registry.close()
+        for store in self._group_stores:
+            store.close()
+        self._rendezvous.close()
 
     def _ended(self, result: Report, file: str | os.PathLike[str] | None) -> Report:
         if file is not None and self.rank == 0:

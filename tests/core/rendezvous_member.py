@@ -28,10 +28,12 @@ def take_part(rendezvous: Rendezvous) -> list[str]:
         values = rendezvous.gather("metas", value_of(rendezvous.rank + number), TIMEOUT_SECONDS)
         seen += [hashlib.sha256(value).hexdigest() for value in values]
         rendezvous.barrier("same", TIMEOUT_SECONDS)
-    log = rendezvous.fork().log("events")
+    fork = rendezvous.fork()
+    log = fork.log("events")
     for number in range(20):
         log.append(f"{rendezvous.rank}.{number}".encode())
     seen += [log.next(TIMEOUT_SECONDS).decode() for _ in range(20 * rendezvous.world_size)]
+    fork.give_back()
     rendezvous.barrier("same", TIMEOUT_SECONDS)
     return seen
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from collective_member import content
 from core_tools import MIB, TIMEOUT_SECONDS, Background
-from torch.distributed import HashStore
 
 from checkpoint_engine.errors import TransferError
 from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 MEMBER = Path(__file__).with_name("collective_member.py")
@@ -53,9 +53,11 @@ def port() -> int:
 @pytest.fixture
 def collective(port: int) -> Iterator[Collective]:
     """This host's, member 0; its rank keeps the shared keys."""
-    collective = Collective(Rendezvous.of_environment(0, 2, "127.0.0.1", port), index=0, size=2)
+    rendezvous = Rendezvous.of_environment(0, 2, "127.0.0.1", port)
+    collective = Collective(rendezvous, index=0, size=2)
     yield collective
     collective.abandon()
+    rendezvous.close()
 
 
 @pytest.fixture
@@ -147,6 +149,6 @@ def test_a_member_that_says_nothing(
 
 
 def test_a_member_that_does_not_come() -> None:
-    collective = Collective(Rendezvous(HashStore(), 0, 2), index=0, size=2)
+    collective = Collective(Rendezvous(LocalKeyStore(), 0, 2), index=0, size=2)
     with pytest.raises(TransferError, match="host 0 of 2 could not join the group"):
         collective.connect("update-1", 0.2)

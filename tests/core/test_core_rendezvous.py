@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core_tools import TIMEOUT_SECONDS, Background, pattern
 from rendezvous_member import take_part
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import TCPStore
 
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost, UsageError
-from checkpoint_engine.transport import rendezvous as module
+from checkpoint_engine.transport import meeting, rendezvous
+from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 MEMBER = Path(__file__).with_name("rendezvous_member.py")
@@ -29,9 +31,26 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
+@pytest.fixture
+def meet(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Rendezvous]]:
+    """Ranks of several, in this process; rank 0 leaves last, since it keeps the keys."""
+    monkeypatch.setattr(rendezvous, "LEAVE_SECONDS", 0.1)  # for members that were killed
+    met: list[Rendezvous] = []
+
+    def one(*arguments: Any) -> Rendezvous:
+        met.append(Rendezvous.of_environment(*arguments))
+        return met[-1]
+
+    yield one
+    for member in sorted(met, key=lambda one: -one.rank):
+        member.close()
+
+
 def ranks(num_ranks: int) -> list[Rendezvous]:
     """The ranks of one process, each for a thread of its own."""
-    store = HashStore()
+    store = LocalKeyStore()
     return [Rendezvous(store, rank, num_ranks) for rank in range(num_ranks)]
 
 
@@ -81,8 +100,7 @@ def test_clear_deletes_what_this_rank_set() -> None:
     other.put("others", b"kept")
     one.clear()
     assert other.get("others", 1) == b"kept"
-    for key in ("mine", "mine/0", "mine/1", "by my fork", "log/1", "log/length"):
-        assert not one.store.check([key]), key
+    assert len(other.store) == 1
     one.clear()
 
 
@@ -175,18 +193,18 @@ def test_alone_by_default() -> None:
 
 
 def test_arguments_come_before_the_environment(
-    monkeypatch: pytest.MonkeyPatch, free_port: int
+    monkeypatch: pytest.MonkeyPatch, free_port: int, meet: Callable[..., Rendezvous]
 ) -> None:
     """Rank 0 is a rank: `rank or int(os.environ["RANK"])` would make this one rank 1."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "5")
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
     monkeypatch.setenv("MASTER_PORT", "1")
-    first = Rendezvous.of_environment(0, 2, "127.0.0.1", free_port)
+    first = meet(0, 2, "127.0.0.1", free_port)
     assert (first.rank, first.world_size) == (0, 2)
     first.put("key", b"value")
-    client = TCPStore("127.0.0.1", free_port, is_master=False, wait_for_workers=False)
-    assert client.get("ckpt-engine/key") == b"1", "it listens"
+    second = meet(1, 2, "127.0.0.1", free_port)
+    assert second.get("key", 1) == b"value", "it listens"
 
 
 def test_an_explicit_world_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +226,9 @@ def test_an_explicit_world_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch)
         (None, None, {"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' is not a number"),
         (None, None, {"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' is not a number"),
         (None, None, {"RANK": "²", "WORLD_SIZE": "2"}, "RANK='²' is not a number"),
-        (0, 2, {}, "2 ranks need MASTER_ADDR and MASTER_PORT: start them with torchrun"),
-        (0, 2, {"MASTER_ADDR": "127.0.0.1"}, "2 ranks need MASTER_ADDR and MASTER_PORT"),
-        (0, 2, {"MASTER_PORT": "29500"}, "2 ranks need MASTER_ADDR and MASTER_PORT"),
+        (0, 2, {}, "several ranks need MASTER_ADDR and MASTER_PORT: start them with torchrun"),
+        (0, 2, {"MASTER_ADDR": "127.0.0.1"}, "several ranks need MASTER_ADDR and MASTER_PORT"),
+        (0, 2, {"MASTER_PORT": "29500"}, "several ranks need MASTER_ADDR and MASTER_PORT"),
         (
             0,
             2,
@@ -233,7 +251,7 @@ def test_what_cannot_be(
 
 
 def test_rank_0_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.5)
     with pytest.raises(DeadlineExceeded, match=f"cannot reach rank 0 at 127.0.0.1:{free_port}"):
         Rendezvous.of_environment(1, 2, "127.0.0.1", free_port)
 
@@ -242,7 +260,7 @@ def test_a_port_that_is_taken(free_port: int) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", free_port))
         other.listen()
-        with pytest.raises(DeadlineExceeded, match=f"cannot listen on 127.0.0.1:{free_port}"):
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{free_port}"):
             Rendezvous.of_environment(0, 2, "127.0.0.1", free_port)
 
 
@@ -250,7 +268,9 @@ def test_a_port_that_is_taken(free_port: int) -> None:
 
 
 @pytest.fixture
-def start_member(free_port: int) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start_member(
+    free_port: int, socket_folder: Path
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the process of a rank of two that meet beside MASTER_PORT."""
     running: list[subprocess.Popen[str]] = []
 
@@ -288,35 +308,46 @@ def said_by(process: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
-def test_two_processes(start_member: Callable[..., subprocess.Popen[str]], free_port: int) -> None:
+def test_two_processes(
+    start_member: Callable[..., subprocess.Popen[str]],
+    free_port: int,
+    meet: Callable[..., Rendezvous],
+) -> None:
     member = start_member(1)
-    first = Rendezvous.of_environment(0, 2, "127.0.0.1", free_port)
+    first = meet(0, 2, "127.0.0.1", free_port)
     seen = take_part(first)
     assert said_by(member) == seen
     assert len(seen) == 3 * 2 + 20 * 2
     assert len(set(seen)) == 4 + 20 * 2, "each round gathers other values"
 
 
-def test_under_torchrun_the_launchers_store_is_used(
+def test_under_torchrun_the_launchers_store_tells_where_rank_0_is_and_nothing_else(
     start_member: Callable[..., subprocess.Popen[str]], free_port: int
 ) -> None:
-    """The agent listens at MASTER_PORT; no rank does, and no port is opened."""
+    """The agent listens at MASTER_PORT."""
     agent = TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
     environment = {"MASTER_PORT": str(free_port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     members = [start_member(rank, **environment) for rank in range(2)]
     seen = [said_by(member) for member in members]
     assert seen[0] == seen[1]
-    assert agent.get("ckpt-engine/events/length") == b"40"
+    host, _, port = agent.get("ckpt-engine/0/address").decode().rpartition(":")
+    assert host == "127.0.0.1"
+    assert int(port) != free_port
+    assert agent.num_keys() == 1
 
 
-def test_rank_0_dies(start_member: Callable[..., subprocess.Popen[str]], free_port: int) -> None:
+def test_rank_0_dies(
+    start_member: Callable[..., subprocess.Popen[str]],
+    free_port: int,
+    meet: Callable[..., Rendezvous],
+) -> None:
     member = start_member(0)
-    second = Rendezvous.of_environment(1, 2, "127.0.0.1", free_port)
+    second = meet(1, 2, "127.0.0.1", free_port)
     seen = take_part(second)
     assert said_by(member) == seen
     waiting = Background(lambda: second.get("never", TIMEOUT_SECONDS))
     member.kill()
-    with pytest.raises(PeerLost, match="the rank that keeps the shared keys is gone"):
+    with pytest.raises(PeerLost, match=r"rank 0 at 127\.0\.0\.1:\d+ is gone"):
         waiting.result()
     with pytest.raises(PeerLost):
         second.put("key", b"value")

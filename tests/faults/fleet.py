@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from link import Link
 from toy import Truth, label, truth
 
 from children import Child, Talker, free_port, wait_until
+from link import Link
 
 SHORT_SECONDS = 0.5  # of an update in which a deadline is to pass
 TIMEOUT_SECONDS = 30.0  # of an update that nothing disturbs: a slow machine may take its time
 END_SECONDS = 10.0
+SECRET = "of the ranks of this fleet"
 MOST_SEGMENTS = 6  # two are retained, and each of three replicas may keep another version before
 
 
@@ -406,6 +407,7 @@ class Fleet:
             env |= {"RANK": str(rank), "WORLD_SIZE": str(len(self.hosts)), "CKPT_ENGINE_HOST": host}
             # A rank keeps to the port after the trainer's own.
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reached_at - 1)}
+            env |= {"CKPT_ENGINE_SECRET": SECRET}
             ranks.append(self.start("trainer", env))
         return ranks
 

@@ -58,12 +58,7 @@ class Rank:
         self, name: str, seed: int, share: tuple[int, int] | None = None, pooled: bool = False
     ) -> None:
         """All tensors of a version, or every n-th of them."""
-        assert self.server is not None
-        tensors = version(seed)
-        if share is not None:
-            tensors = dict(list(tensors.items())[share[0] :: share[1]])
-        self.server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=pooled)
-        self.server.gather_metas(name)
+        self._register(name, version(seed), share, pooled)
 
     def register_model(self, name: str, seed: int) -> None:
         """What the replicas of these tests can serve."""
@@ -84,12 +79,16 @@ class Rank:
         self.server.gather_metas(name)
 
     def register_large(
-        self, name: str, seed: int, num_tensors: int, pooled: bool = False
+        self,
+        name: str,
+        seed: int,
+        num_tensors: int,
+        share: tuple[int, int] | None = None,
+        pooled: bool = False,
     ) -> dict[str, str]:
-        assert self.server is not None
+        """As `register`; returns the digests of all tensors."""
         tensors = large_version(seed, num_tensors)
-        self.server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=pooled)
-        self.server.gather_metas(name)
+        self._register(name, tensors, share, pooled)
         return digests(tensors)
 
     def register_share(self, name: str, folder: str, halting: bool = False) -> int:
@@ -237,6 +236,19 @@ class Rank:
 
     def num_sockets(self) -> int:
         return len(os.listdir(os.environ["CKPT_ENGINE_SOCKET_DIR"]))
+
+    def _register(
+        self,
+        name: str,
+        tensors: dict[str, torch.Tensor],
+        share: tuple[int, int] | None,
+        pooled: bool,
+    ) -> None:
+        assert self.server is not None
+        if share is not None:
+            tensors = dict(list(tensors.items())[share[0] :: share[1]])
+        self.server.register_checkpoint(name, named_tensors=tensors, use_shared_memory_pool=pooled)
+        self.server.gather_metas(name)
 
     def _outcome(
         self, name: str, requests: list[Any], timeout: float, **options: Any

@@ -10,6 +10,7 @@ Only ours checks the digests of what is sent and of what arrives.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,6 @@ from datetime import timedelta
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost
@@ -27,6 +27,7 @@ from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.sources import TensorSource
 from checkpoint_engine.store import Store
 from checkpoint_engine.timeline import Timeline
+from checkpoint_engine.transport.address import LOOPBACK
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.sessions import Door
@@ -59,8 +60,10 @@ def measure_broadcast(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) 
         DeadlineExceeded: the ranks did not end.
     """
     tell("broadcast", 0, 1)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    jobs = [_Job(rank, store.port, num_bytes, rounds, warmups) for rank in range(NUM_HOSTS)]
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    jobs = [_Job(rank, port, num_bytes, rounds, warmups) for rank in range(NUM_HOSTS)]
     ranks = [_spawn(job) for job in jobs]
     try:
         outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
@@ -95,8 +98,8 @@ class _Rank:
     """One process of the broadcast."""
 
     def __init__(self, job: _Job) -> None:
-        store = TCPStore("127.0.0.1", job.port, is_master=False, wait_for_workers=False)
-        self._rendezvous = Rendezvous(PrefixStore("bench", store), job.rank, NUM_HOSTS)
+        self._rendezvous = Rendezvous.of_environment(job.rank, NUM_HOSTS, LOOPBACK, job.port)
+        self._bare = self._rendezvous.group_store("bare")
         self._store = Store()
         self._door = Door(self._store.segment)
         self._version = self._gather(job)
@@ -104,7 +107,7 @@ class _Rank:
         self._collective.connect("bench", TIMEOUT_SECONDS)
         dist.init_process_group(
             "gloo",
-            store=PrefixStore("bare", store),
+            store=self._bare,
             rank=job.rank,
             world_size=NUM_HOSTS,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
@@ -125,9 +128,11 @@ class _Rank:
     def close(self) -> None:
         self._rendezvous.barrier("close", TIMEOUT_SECONDS)
         dist.destroy_process_group()
+        self._bare.close()
         self._collective.abandon()
         self._door.close()
         self._store.close()
+        self._rendezvous.close()
 
     def _gather(self, job: _Job) -> Version:
         """Rank 0 registers everything; every rank calls itself a host of its own."""

@@ -3,7 +3,7 @@
 The group is our own, beside any that the trainer has, and is made of one rank per host. Bytes are
 sent from, and received into, the memory where they lie. After any error a gloo group is dead, and
 half of its ranks do not know it yet: `abandon` closes it, which wakes the others at once, and the
-next broadcast meets under a new name.
+next broadcast meets under a new name. It listens at this host's one address.
 
     collective = Collective(rendezvous, index=0, size=2)
     collective.connect("update-17", timeout_seconds=60)
@@ -17,7 +17,8 @@ from datetime import timedelta
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo
 
-from checkpoint_engine.errors import TransferError
+from checkpoint_engine.errors import CheckpointEngineError, TransferError
+from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 __all__ = ["Collective"]
@@ -29,6 +30,7 @@ class Collective:
     def __init__(self, rendezvous: Rendezvous, *, index: int, size: int) -> None:
         self._rendezvous, self.index, self.size = rendezvous, index, size
         self._group: ProcessGroupGloo | None = None
+        self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
         """Meet the other members under `name`, unless the group of before still works.
@@ -40,11 +42,15 @@ class Collective:
         """
         if self._group is not None:
             return
-        timeout = timedelta(seconds=timeout_seconds)
-        store = self._rendezvous.group_store(f"gloo/{name}")
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=timeout_seconds)
+        self._store = self._rendezvous.group_store(f"gloo/{name}")
+        self._store.set_timeout(options._timeout)
         try:
-            self._group = ProcessGroupGloo(store, self.index, self.size, timeout)
-        except RuntimeError as error:
+            options._devices = [ProcessGroupGloo.create_device(hostname=self._rendezvous.address)]
+            self._group = ProcessGroupGloo(self._store, self.index, self.size, options)
+        except (RuntimeError, CheckpointEngineError) as error:
+            self.abandon()
             raise TransferError(
                 f"host {self.index} of {self.size} could not join the group: {_first_line(error)}"
             ) from error
@@ -69,6 +75,9 @@ class Collective:
     def abandon(self) -> None:
         """Close the group; members that wait in it fail at once."""
         self._group = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
 
 def _first_line(error: BaseException) -> str:

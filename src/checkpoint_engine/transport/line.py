@@ -18,7 +18,9 @@ from zmq.utils.monitor import parse_monitor_message
 
 from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost
 
-__all__ = ["Line"]
+__all__ = ["Line", "notice_lost_hosts"]
+
+IDLE_SECONDS, PROBE_SECONDS, NUM_PROBES = 3, 2, 3
 
 GONE = (
     zmq.EVENT_DISCONNECTED
@@ -30,6 +32,19 @@ GONE = (
 )
 
 
+def notice_lost_hosts(socket: zmq.Socket[bytes]) -> None:
+    """Let the kernel break connections to a host that is down, or that no link leads to.
+
+    The kernel's probes are answered while a peer's process hangs or is busy, and do not wait in a
+    queue behind a large message, as ZeroMQ's heartbeats would.
+    """
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, IDLE_SECONDS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, PROBE_SECONDS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, NUM_PROBES)
+    socket.setsockopt(zmq.TCP_MAXRT, 1000 * (IDLE_SECONDS + PROBE_SECONDS * NUM_PROBES))
+
+
 class Line:
     """One connection, used by one thread at a time. Owns its socket, not the context.
 
@@ -38,6 +53,8 @@ class Line:
         address: host and port of the peer.
         max_message_bytes: a peer that sends more is hung up on.
         server_key: the peer's public CURVE key; None for a connection in the clear.
+        own_keys: public and private, for a peer that knows whom it lets in; default fresh ones.
+        peer: what it is, for messages.
     """
 
     def __init__(
@@ -46,24 +63,28 @@ class Line:
         address: str,
         *,
         max_message_bytes: int,
-        server_key: str | None = None,
+        server_key: bytes | None = None,
+        own_keys: tuple[bytes, bytes] | None = None,
+        peer: str = "the source",
     ) -> None:
-        self.address = address
+        self.address, self._peer = address, f"{peer} at {address}"
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        notice_lost_hosts(self.socket)
         self._monitor = self.socket.get_monitor_socket(GONE)
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         try:
             if server_key is not None:
-                self.socket.curve_publickey, self.socket.curve_secretkey = zmq.curve_keypair()
-                self.socket.curve_serverkey = server_key.encode()
+                public, private = own_keys or zmq.curve_keypair()
+                self.socket.curve_publickey, self.socket.curve_secretkey = public, private
+                self.socket.curve_serverkey = server_key
             self.socket.connect(f"tcp://{address}")
         except (zmq.ZMQError, ValueError) as error:
             self.close()
-            raise HandoverError(f"{address!r} is no address of a source: {error}") from error
+            raise HandoverError(f"{address!r} is no address: {error}") from error
 
     def wait(self, timeout_seconds: float) -> None:
         """Until there is something to receive.
@@ -80,11 +101,13 @@ class Line:
                 return
             if self._monitor in ready:
                 parse_monitor_message(self._monitor.recv_multipart())
-                raise PeerLost(f"the source at {self.address} is gone, or has hung up")
+                raise PeerLost(f"{self._peer} is gone, or has hung up")
             if not left_seconds:
-                raise DeadlineExceeded(
-                    f"the source at {self.address} said nothing for {timeout_seconds:.0f} s"
-                )
+                raise DeadlineExceeded(f"{self._peer} said nothing for {timeout_seconds:.0f} s")
+
+    def is_broken(self) -> bool:
+        """Whether the peer is known to be gone; ZeroMQ may have connected to another since."""
+        return bool(self._monitor.poll(0))
 
     def close(self) -> None:
         """Disconnect."""

@@ -279,7 +279,7 @@ class PeerClient:
                 self._context,
                 peer.address,
                 max_message_bytes=MAX_ANSWER_BYTES,
-                server_key=peer.key,
+                server_key=peer.key.encode(),
             )
         except HandoverError:
             self._context.destroy(linger=0)

@@ -309,15 +309,16 @@ def _coordinate(
     """Drive the coordinator until it is done. Whatever fails in it, the ranks are told."""
     coordinator = Coordinator(opening, policy, time.monotonic())
     decisions = rendezvous.log("decisions")
-    with contextlib.suppress(PeerLost):  # with the rendezvous gone, nobody can be told
-        try:
-            for decision in _decide(coordinator, registry, rendezvous.log("events"), opening):
-                decisions.append(msgspec.msgpack.encode(decision))
-        except PeerLost:
-            raise
-        except Exception as error:
+    try:
+        for decision in _decide(coordinator, registry, rendezvous.log("events"), opening):
+            decisions.append(msgspec.msgpack.encode(decision))
+    except PeerLost:
+        pass  # with the rendezvous gone, nobody can be told
+    except Exception as error:
+        with contextlib.suppress(CheckpointEngineError):
             for decision in coordinator.abandon(RemoteError.of(error, "coordinator")):
                 decisions.append(msgspec.msgpack.encode(decision))
+    finally:
         rendezvous.give_back()
 
 

@@ -1,0 +1,82 @@
+"""The ranks' shared keys as a torch store, in which a process group meets.
+
+store = GroupStore(rendezvous_keys.fork(), prefix="gloo/update-17/")
+group = ProcessGroupGloo(store, rank, size, options)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from checkpoint_engine.errors import DeadlineExceeded
+from checkpoint_engine.transport.keystore import KeyStore
+
+__all__ = ["GroupStore"]
+
+DEFAULT_TIMEOUT = timedelta(minutes=5)
+
+
+class GroupStore(Store):
+    """What torch calls, from any of its threads. Owns `keys`.
+
+    Torch does not keep this object alive: whoever makes a group of it must, as long as the group.
+    """
+
+    def __init__(self, keys: KeyStore, prefix: str) -> None:
+        super().__init__()
+        self._keys, self._prefix = keys, prefix
+        self._timeout = DEFAULT_TIMEOUT
+        self._lock = threading.Lock()
+
+    @property
+    def timeout(self) -> timedelta:
+        """The longest wait for a key, unless a call says else."""
+        return self._timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Change that."""
+        self._timeout = timeout
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Give a key a value."""
+        with self._lock:
+            self._keys.set(self._prefix + key, value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        """Wait until a key is set."""
+        with self._lock:
+            return self._keys.get(self._prefix + key, self._timeout.total_seconds())
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter."""
+        with self._lock:
+            return self._keys.add(self._prefix + key, amount)
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait until all of them are set."""
+        seconds = (self._timeout if timeout is None else timeout).total_seconds()
+        with self._lock:
+            for key in keys:
+                self._keys.get(self._prefix + key, seconds)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of them are set."""
+        try:
+            self.wait(keys, timedelta(0))
+        except DeadlineExceeded:
+            return False
+        return True
+
+    def delete_key(self, key: str) -> bool:
+        """Forget a key."""
+        with self._lock:
+            return self._keys.delete(self._prefix + key)
+
+    def close(self) -> None:
+        """Disconnect; the group is over, or needs no keys any more."""
+        with self._lock:
+            self._keys.close()

@@ -1,0 +1,414 @@
+"""Keys and values that the ranks of one server share, kept by a thread of rank 0.
+
+A rank sets, gets, adds, deletes, and waits for what another sets; the server answers a wait when
+the key is set. All of it is encrypted, and only who knows the ranks' secret is let in
+(`transport.secret`). Every operation has a deadline, and a server that has died is noticed at once
+(`transport.line`): the operation fails, and the next one connects again.
+
+    server = KeyServer("10.0.0.1", 4711, credentials)
+    store = KeyClient(f"10.0.0.1:{server.port}", credentials)
+    store.set("name", b"value")
+    store.get("other", timeout_seconds=10)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Annotated, Protocol
+
+import msgspec
+import zmq
+
+from checkpoint_engine.errors import (
+    MALFORMED,
+    CheckpointEngineError,
+    DeadlineExceeded,
+    ProtocolError,
+    UsageError,
+)
+from checkpoint_engine.transport.line import Line, notice_lost_hosts
+from checkpoint_engine.transport.secret import Credentials
+
+__all__ = ["KeyClient", "KeyServer", "KeyStore", "LocalKeyStore"]
+
+MAX_VALUE_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = MAX_VALUE_BYTES + (64 << 10)
+MAX_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
+ANSWER_SECONDS = 10.0
+GRACE_SECONDS = 1.0  # for the answer that a wait was in vain
+SLOWEST_BYTES_PER_SECOND = 1e6
+ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may come in
+
+
+class KeyStore(Protocol):
+    """Shared keys and values, as one thread at a time uses them."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Give a key a value, whatever it had."""
+        ...
+
+    def get(self, key: str, timeout_seconds: float) -> bytes:
+        """Wait until a key is set; returns its value.
+
+        Raises:
+            DeadlineExceeded: nobody set it in time.
+        """
+        ...
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter, which begins at 0 and is written in decimal; returns its new value."""
+        ...
+
+    def delete(self, key: str) -> bool:
+        """Forget a key; returns whether there was one."""
+        ...
+
+    def fork(self) -> KeyStore:
+        """The same keys for another thread, which closes what it gets."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the keys."""
+        ...
+
+
+class _Values:
+    """The keys themselves."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, bytes] = {}
+
+    def add(self, key: str, amount: int) -> int:
+        total = int(self.of.get(key, b"0")) + amount
+        self.of[key] = str(total).encode()
+        return total
+
+
+class LocalKeyStore:
+    """The keys of ranks that are one process, for any of its threads."""
+
+    def __init__(self) -> None:
+        self._values = _Values()
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        """The number of keys."""
+        return len(self._values.of)
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `KeyStore`, as for all of these."""
+        with self._changed:
+            self._values.of[key] = value
+            self._changed.notify_all()
+
+    def get(self, key: str, timeout_seconds: float) -> bytes:
+        """Wait until a key is set; returns its value."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: key in self._values.of, timeout_seconds):
+                raise _nobody_set(key, timeout_seconds)
+            return self._values.of[key]
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter; returns its new value."""
+        with self._changed:
+            total = self._values.add(key, amount)
+            self._changed.notify_all()
+            return total
+
+    def delete(self, key: str) -> bool:
+        """Forget a key."""
+        with self._changed:
+            return self._values.of.pop(key, None) is not None
+
+    def fork(self) -> LocalKeyStore:
+        """Itself."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class _Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    number: int
+    key: str
+
+
+class Set(_Request, frozen=True):
+    """Give a key a value; answered with an empty one."""
+
+    value: bytes
+
+
+class Get(_Request, frozen=True):
+    """A key's value, as soon as there is one; answered with none if there is none in time."""
+
+    milliseconds: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_MILLISECONDS)]
+
+
+class Add(_Request, frozen=True):
+    """Add to a counter; answered with its new value, or none if it is no counter."""
+
+    amount: int
+
+
+class Delete(_Request, frozen=True):
+    """Forget a key; answered with an empty value, or none if there was none."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """To the request of the same number."""
+
+    number: int
+    value: bytes | None
+
+
+REQUESTS = msgspec.msgpack.Decoder(Set | Get | Add | Delete)
+ANSWERS = msgspec.msgpack.Decoder(Answer)
+
+
+class _Wait(msgspec.Struct, frozen=True):
+    number: int
+    key: str
+    until: float
+
+
+class KeyServer:
+    """Keeps the keys, in a thread of its own, and listens at one address.
+
+    Args:
+        address: of this host, as the other ranks reach it.
+        port: there; 0 for any that is free.
+        credentials: of the ranks.
+
+    Raises:
+        UsageError: it cannot listen there.
+    """
+
+    def __init__(self, address: str, port: int, credentials: Credentials) -> None:
+        self._admitted = credentials.client.public
+        self._values = _Values()
+        self._waits: dict[bytes, _Wait] = {}  # of each client the last
+        self._context = zmq.Context()
+        self._gate: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        self._gate.bind(ZAP)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        notice_lost_hosts(self._socket)
+        self._socket.curve_server = True
+        self._socket.curve_secretkey = credentials.server.private
+        self._socket.zap_domain = b"ckpt-engine"
+        try:
+            self._socket.bind(f"tcp://{address}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise UsageError(
+                f"cannot listen on {address}:{port}: {error}; check MASTER_ADDR and MASTER_PORT, "
+                "or set CKPT_ENGINE_ADDRESS to an address of this host"
+            ) from error
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rpartition(":")[2])
+        self.address = f"{address}:{self.port}"
+        self._closing = self._context.socket(zmq.PAIR)
+        self._closing.bind("inproc://close")
+        self._thread = threading.Thread(target=self._serve, name="ckpt-keys", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening, and forget all keys."""
+        if self._thread.is_alive():
+            self._closing.send(b"")
+            self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _serve(self) -> None:
+        closing = self._context.socket(zmq.PAIR)
+        closing.connect("inproc://close")
+        poller = zmq.Poller()
+        for socket in (closing, self._gate, self._socket):
+            poller.register(socket, zmq.POLLIN)
+        while closing not in (ready := dict(poller.poll(self._next_milliseconds()))):
+            if self._gate in ready:
+                self._admit(self._gate.recv_multipart())
+            if self._socket in ready:
+                client, *frames = self._socket.recv_multipart()
+                if len(frames) == 1:
+                    self._perform(client, frames[0])
+            self._expire(time.monotonic())
+        for socket in (closing, self._gate, self._socket):
+            socket.close()
+
+    def _admit(self, frames: list[bytes]) -> None:
+        """Answer ZeroMQ's question (RFC 27) whether a client of this key may come in."""
+        version, request, _domain, _address, _identity, _mechanism, *keys = frames
+        known = [zmq.utils.z85.encode(key) for key in keys] == [self._admitted]
+        status = (b"200", b"OK") if known else (b"400", b"another secret")
+        self._gate.send_multipart([version, request, *status, b"", b""])
+
+    def _perform(self, client: bytes, frame: bytes) -> None:
+        """Do what is asked; what is malformed changes nothing and is not answered."""
+        try:
+            request = REQUESTS.decode(frame)
+        except MALFORMED:
+            return
+        self._waits.pop(client, None)
+        key, number, value = request.key, request.number, self._values.of.get(request.key)
+        if isinstance(request, Get) and value is None and request.milliseconds:
+            until = time.monotonic() + request.milliseconds / 1000
+            self._waits[client] = _Wait(number, key, until)
+            return
+        if isinstance(request, Set):
+            self._values.of[key] = request.value
+            self._wake(key)
+            value = b""
+        elif isinstance(request, Add):
+            value = self._add(key, request.amount)
+        elif isinstance(request, Delete):
+            value = None if self._values.of.pop(key, None) is None else b""
+        self._answer(client, number, value)
+
+    def _add(self, key: str, amount: int) -> bytes | None:
+        try:
+            self._values.add(key, amount)
+        except ValueError:  # no counter
+            return None
+        self._wake(key)
+        return self._values.of[key]
+
+    def _wake(self, key: str) -> None:
+        """Answer everybody who waits for a key that was set now."""
+        for client, wait in tuple(self._waits.items()):
+            if wait.key == key:
+                del self._waits[client]
+                self._answer(client, wait.number, self._values.of[key])
+
+    def _expire(self, now: float) -> None:
+        for client, wait in tuple(self._waits.items()):
+            if wait.until <= now:
+                del self._waits[client]
+                self._answer(client, wait.number, None)
+
+    def _next_milliseconds(self) -> int | None:
+        """How long there is nothing to do, unless somebody asks; None for ever."""
+        if not self._waits:
+            return None
+        until = min(wait.until for wait in self._waits.values())
+        return max(0, int(1000 * (until - time.monotonic())) + 1)
+
+    def _answer(self, client: bytes, number: int, value: bytes | None) -> None:
+        answer = msgspec.msgpack.encode(Answer(number=number, value=value))
+        self._socket.send_multipart([client, answer])  # to nobody, if the client is gone
+
+
+class KeyClient:
+    """A connection to the keys that rank 0 keeps; made on first use, and again once it broke.
+
+    Any operation raises PeerLost if rank 0 is gone and DeadlineExceeded if it does not answer;
+    whether it was done is then unknown.
+
+    Args:
+        address: host and port of the server.
+        credentials: of the ranks.
+        context: of the client that this one is forked from.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self.address, self._credentials = address, credentials
+        self._context, self._is_fork = context or zmq.Context(), context is not None
+        self._line: Line | None = None
+        self._num_requests = 0
+
+    def set(self, key: str, value: bytes) -> None:
+        """Give a key a value.
+
+        Raises:
+            UsageError: it is larger than a message may be.
+        """
+        if len(value) > MAX_VALUE_BYTES:
+            raise UsageError(f"{key!r}: {len(value)} bytes are more than {MAX_VALUE_BYTES}")
+        seconds = ANSWER_SECONDS + len(value) / SLOWEST_BYTES_PER_SECOND
+        self._ask(Set(number=self._next(), key=key, value=value), seconds)
+
+    def get(self, key: str, timeout_seconds: float) -> bytes:
+        """Wait until a key is set; returns its value."""
+        milliseconds = min(max(0, int(1000 * timeout_seconds)), MAX_WAIT_MILLISECONDS)
+        request = Get(number=self._next(), key=key, milliseconds=milliseconds)
+        value = self._ask(request, milliseconds / 1000 + GRACE_SECONDS)
+        if value is None:
+            raise _nobody_set(key, timeout_seconds)
+        return value
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter; returns its new value."""
+        total = self._ask(Add(number=self._next(), key=key, amount=amount), ANSWER_SECONDS)
+        if total is None:
+            raise ProtocolError(f"{key!r} is no counter")
+        return int(total)
+
+    def delete(self, key: str) -> bool:
+        """Forget a key."""
+        return self._ask(Delete(number=self._next(), key=key), ANSWER_SECONDS) is not None
+
+    def fork(self) -> KeyClient:
+        """The same keys over a connection of its own, which must be closed before this one."""
+        return KeyClient(self.address, self._credentials, self._context)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._disconnect()
+        if not self._is_fork:
+            self._context.destroy(linger=0)
+
+    def _next(self) -> int:
+        self._num_requests += 1
+        return self._num_requests
+
+    def _ask(self, request: _Request, timeout_seconds: float) -> bytes | None:
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            line = self._connected()
+            line.socket.send(msgspec.msgpack.encode(request))
+            while True:
+                line.wait(deadline - time.monotonic())
+                answer = _decoded(line.socket.recv(), self.address)
+                if answer.number == request.number:  # else to what was given up
+                    return answer.value
+        except CheckpointEngineError:
+            self._disconnect()
+            raise
+
+    def _connected(self) -> Line:
+        if self._line is not None and self._line.is_broken():
+            self._disconnect()
+        if self._line is None:
+            self._line = Line(
+                self._context,
+                self.address,
+                max_message_bytes=MAX_MESSAGE_BYTES,
+                server_key=self._credentials.server.public,
+                own_keys=self._credentials.client,
+                peer="rank 0",
+            )
+        return self._line
+
+    def _disconnect(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+
+def _decoded(frame: bytes, address: str) -> Answer:
+    try:
+        return ANSWERS.decode(frame)
+    except MALFORMED as error:
+        raise ProtocolError(f"rank 0 at {address} answered nonsense: {error}") from error
+
+
+def _nobody_set(key: str, timeout_seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no rank set {key!r} in {timeout_seconds:.1f} s")
