@@ -1,15 +1,14 @@
 """What peer reads through a library have in common, whatever the library.
 
-A source has one engine of the library for each segment that ways lead to, and ends it with the
-last of them: whoever still reads is cut off before the memory is used again. A reader has one
-engine for each read, and ends it before the read ends, whatever its outcome: nothing is written
-afterwards. Transfers are started, and asked about now and then, so that a deadline is ours and the
-threads of the library have the processor.
+A source opens each segment once for all ways that lead to it, and closes it with the last of them.
+A reader has a connection for each read. It starts transfers and asks about them now and then, so
+that deadlines are ours and the library's threads have the processor. Once a connection is closed
+nothing is written any more, whatever was under way.
 
     class CopperExporter(LibraryExporter):
-        def open(self, segment): return way, engine         # closed by us
+        def open(self, segment): return way, export
     class CopperReader(LibraryReader):
-        def connect(self, way): return connection
+        def connect(self, way, timeout_seconds): return connection
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from mmap import mmap
 from typing import Any, ClassVar, Protocol
 
@@ -29,22 +29,22 @@ from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.peer import Range, Way
 
-__all__ = ["Closable", "Connection", "LibraryExporter", "LibraryReader", "address_of"]
+__all__ = ["Connection", "LibraryExporter", "LibraryReader", "address_of", "wait_until"]
 
 NUM_RANGES_UNDER_WAY = 16
 POLL_SECONDS = 0.0005
 
 
 class Closable(Protocol):
-    """An engine of a library."""
+    """A segment that peers may read."""
 
     def close(self) -> None:
-        """End it: nobody reads or writes through it any more."""
+        """They may not any more."""
         ...
 
 
 class Connection(Protocol):
-    """A reader's engine, connected to one source."""
+    """To one source, for one read."""
 
     def start(self, wanted: Range) -> Any:
         """Begin a transfer; what is returned stands for it. Raises what `Reader.read` raises."""
@@ -60,7 +60,7 @@ class Connection(Protocol):
 
 
 class LibraryExporter(ABC):
-    """An engine for each segment that ways lead to; see `Exporter`."""
+    """Every segment that ways lead to is open once; see `Exporter`."""
 
     transport: ClassVar[str]
 
@@ -72,7 +72,7 @@ class LibraryExporter(ABC):
 
     @abstractmethod
     def open(self, segment: Segment) -> tuple[Way, Closable]:
-        """An engine that lets peers read a segment, and the way to it.
+        """Let peers read a segment: the way to it, and what ends it.
 
         Raises:
             TransferError: the library refuses.
@@ -88,7 +88,7 @@ class LibraryExporter(ABC):
             return way
 
     def withdraw(self, way: Way) -> None:
-        """Cut off whoever reads, unless another lease of the segment keeps its bytes."""
+        """End the way, unless it is another lease's too, which keeps the bytes."""
         with self._lock:
             if way not in self._num_ways:
                 return
@@ -97,7 +97,7 @@ class LibraryExporter(ABC):
                 self._end(way)
 
     def close(self) -> None:
-        """Cut off everybody."""
+        """End all ways."""
         with self._lock:
             for way in tuple(self._num_ways):
                 self._end(way)
@@ -105,12 +105,12 @@ class LibraryExporter(ABC):
     def _end(self, way: Way) -> None:
         del self._num_ways[way]
         name = next(name for name, (known, _) in self._ways.items() if known == way)
-        _, engine = self._ways.pop(name)
-        engine.close()
+        _, export = self._ways.pop(name)
+        export.close()
 
 
 class LibraryReader(ABC):
-    """An engine for each read; see `Reader`."""
+    """A connection for each read; see `Reader`."""
 
     transport: ClassVar[str]
 
@@ -118,35 +118,43 @@ class LibraryReader(ABC):
         self.memory, self.address = segment.memory, address
 
     @abstractmethod
-    def connect(self, way: Way) -> Connection:
-        """An engine that may write into `memory`, connected to a source.
+    def connect(self, way: Way, timeout_seconds: float) -> Connection:
+        """A connection to a source, which may write into `memory`.
 
         Raises:
-            PeerLost, TransferError, ProtocolError: see `Reader.read`.
+            PeerLost, DeadlineExceeded, TransferError, ProtocolError: see `Reader.read`.
         """
 
     def read(self, way: Way, ranges: Sequence[Range], timeout_seconds: float) -> Iterator[Range]:
         """Fetch ranges, in order; see `Reader`."""
-        with closing(self.connect(way)) as connection:
+        with closing(self.connect(way, timeout_seconds)) as connection:
             unasked, asked = deque(ranges), deque[tuple[Range, Any]]()
             while asked or unasked:
                 while unasked and len(asked) < NUM_RANGES_UNDER_WAY:
                     wanted = unasked.popleft()
                     asked.append((wanted, connection.start(wanted)))
                 wanted, transfer = asked.popleft()
-                deadline = time.monotonic() + timeout_seconds
-                while not connection.done(transfer):
-                    if time.monotonic() > deadline:
-                        raise DeadlineExceeded(
-                            f"the source at {way.address} sent {wanted.length} bytes not within "
-                            f"{timeout_seconds:.0f} s"
-                        )
-                    time.sleep(POLL_SECONDS)
+                wait_until(partial(connection.done, transfer), timeout_seconds, way.address)
                 yield wanted
 
     def close(self) -> None:
         """Let go of the segment."""
         self.memory = memoryview(b"")
+
+
+def wait_until(arrived: Callable[[], bool], timeout_seconds: float, address: str) -> None:
+    """Ask now and then, in the reader's thread.
+
+    Raises:
+        DeadlineExceeded: it was never true.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not arrived():
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"nothing whole came from the source at {address} for {timeout_seconds:.0f} s"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def address_of(memory: memoryview | mmap) -> int:

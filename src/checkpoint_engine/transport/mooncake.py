@@ -1,12 +1,15 @@
 """Peer reads through Mooncake's transfer engine: RDMA where there are devices, else TCP.
 
-Engines find each other without a metadata server, by a handshake with the source. Ports of an
-engine are open on all interfaces, whatever address it is given, and it asks nobody who they are:
-whoever reaches them may read what is exported. Over TCP the source exports a read-only map, so
-nobody writes there; over RDMA the library insists on memory that can be written.
+Engines find each other by a handshake with the source. Their ports are open on all interfaces,
+whatever address they are given, and they ask nobody who they are: whoever reaches them may read
+what is exported. Over TCP the source exports a read-only map, so that nobody writes there; over
+RDMA the library insists on memory that can be written.
 
-Of the library: it takes 1,024 requests in a batch at most, and writes some bytes of a larger one
-after it has refused it, so each range is a batch of one; its own waits spin, so they are not used.
+What shapes this file: the library takes 1,024 requests in a batch, and writes some of a larger one
+after it has refused it, so each range is a batch of one. Its waits spin, so they are not used. It
+waits for the handshake with a source that hangs without end, so that is done for a byte of no
+importance, in a thread that can be left behind. To end an engine stops Python for a second, so
+engines are kept for the next read; only one that may still write is ended.
 
     way = exporter("10.0.0.1").export(segment)
     for arrived in reader(own_segment, "10.0.0.2").read(way, ranges, timeout_seconds=60): ...
@@ -20,23 +23,39 @@ import importlib.util
 import mmap
 import os
 import sys
+import threading
+from collections import defaultdict
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 import msgspec
+import numpy as np
 
-from checkpoint_engine.errors import MALFORMED, PeerLost, ProtocolError, TransferError
+from checkpoint_engine.errors import (
+    MALFORMED,
+    DeadlineExceeded,
+    PeerLost,
+    ProtocolError,
+    TransferError,
+)
 from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.devices import devices_of_rank, rdma_devices
-from checkpoint_engine.transport.library import LibraryExporter, LibraryReader, address_of
+from checkpoint_engine.transport.library import (
+    LibraryExporter,
+    LibraryReader,
+    address_of,
+    wait_until,
+)
 from checkpoint_engine.transport.peer import Range, Way
 
 __all__ = ["MooncakeExporter", "MooncakeReader", "exporter", "missing", "preferred", "reader"]
 
-_SAYS = "; it says why on standard error"
+SAYS = "; it says why on standard error"
 NO_BATCH = (0, (1 << 64) - 1)
 # In the order in which they need each other.
 VERBS = ("libnl-3.so.200", "libnl-route-3.so.200", "libibverbs.so.1")
+IDLE: defaultdict[str, list[_Engine]] = defaultdict(list)
 
 
 class _Detail(msgspec.Struct, frozen=True, array_like=True):
@@ -46,84 +65,152 @@ class _Detail(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Engine:
-    """A transfer engine that has registered one piece of memory."""
+    """A transfer engine of this process; ends when nobody refers to it."""
 
-    def __init__(self, host: str, address: int, num_bytes: int, owner: object) -> None:
+    def __init__(self, host: str) -> None:
         devices = _devices()
-        self._owner = owner  # keeps the memory
-        self._engine: Any = _load().TransferEngine()
         protocol = "rdma" if devices else "tcp"
+        self._engine: Any = _load().TransferEngine()
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, ",".join(devices)):
-            raise TransferError(f"Mooncake cannot start with {protocol} on {host}{_SAYS}")
+            raise TransferError(f"Mooncake cannot start with {protocol} on {host}{SAYS}")
+        self.host, self.address = host, f"{host}:{self._engine.get_rpc_port()}"
+        self._scratch = np.zeros(mmap.PAGESIZE, dtype=np.uint8)
+        self._met: set[str] = set()
+        self.register(self._scratch.ctypes.data, len(self._scratch))
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Let the library read and write memory, which the caller keeps until `unregister`."""
         if status := self._engine.register_memory(address, num_bytes):
-            raise TransferError(f"Mooncake refuses {num_bytes} bytes of memory: {status}{_SAYS}")
-        self.address = f"{host}:{self._engine.get_rpc_port()}"
+            raise TransferError(f"Mooncake refuses {num_bytes} bytes of memory: {status}{SAYS}")
 
-    def read(self, target: str, into: int, start: int, length: int) -> int:
-        """Begin one transfer; its number, or none of `NO_BATCH`."""
-        return int(self._engine.batch_transfer_async_read(target, [into], [start], [length]))
+    def unregister(self, address: int) -> None:
+        """What is under way may go on, with the bytes as they are by then."""
+        self._engine.unregister_memory(address)
 
-    def status(self, batch: int) -> int:
-        """1: it has arrived; 0: not yet; less: it never will."""
-        return int(self._engine.transfer_check_status(batch))
+    def meet(self, target: str, source: int, timeout_seconds: float) -> None:
+        """Make the acquaintance of a source by reading a byte of it.
 
-    def close(self) -> None:
-        """Ends its threads, and with them every transfer."""
-        self._engine = self._owner = None
+        Raises:
+            PeerLost: it is gone, or exports nothing there.
+            DeadlineExceeded: it does not answer; the engine must not be used again.
+        """
+        if target in self._met:
+            return
+        answers: SimpleQueue[int] = SimpleQueue()
+
+        def read_byte() -> None:
+            answers.put(self.start(target, self._scratch.ctypes.data, source, 1))
+
+        threading.Thread(target=read_byte, name="ckpt-mooncake", daemon=True).start()
+        try:
+            batch = answers.get(timeout=timeout_seconds)
+        except Empty:
+            raise DeadlineExceeded(
+                f"the source at {target} said nothing for {timeout_seconds:.0f} s"
+            ) from None
+        if batch in NO_BATCH:
+            raise PeerLost(f"Mooncake does not reach the source at {target}{SAYS}")
+        wait_until(lambda: self.arrived(target, batch), timeout_seconds, target)
+        self._met.add(target)
+
+    def start(self, target: str, into: int, source: int, num_bytes: int) -> int:
+        """Begin a transfer: its number, or one of `NO_BATCH`."""
+        return int(self._engine.batch_transfer_async_read(target, [into], [source], [num_bytes]))
+
+    def arrived(self, target: str, batch: int) -> bool:
+        """Whether a transfer has ended well.
+
+        Raises:
+            PeerLost: it has failed.
+        """
+        if (status := self._engine.transfer_check_status(batch)) < 0:
+            raise PeerLost(
+                f"the source at {target} is gone, or has ended the lease: Mooncake's status "
+                f"{status}{SAYS}"
+            )
+        return bool(status == 1)
 
 
 class MooncakeExporter(LibraryExporter):
-    """One engine for each segment that is read; see `Exporter`."""
+    """One engine for all segments; see `Exporter`."""
 
     transport: ClassVar[str] = "mooncake"
 
-    def open(self, segment: Segment) -> tuple[Way, _Engine]:
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._engine: _Engine | None = _Engine(address)
+
+    def open(self, segment: Segment) -> tuple[Way, _Export]:
         """Register the segment, read-only where the network allows it."""
-        memory = segment.memory if _devices() else _read_only(segment)
-        address = address_of(memory)
-        engine = _Engine(self.address, address, segment.capacity_bytes, memory)
-        detail = msgspec.msgpack.encode(_Detail(address))
-        return Way(transport=self.transport, address=engine.address, detail=detail), engine
+        assert self._engine is not None, "nothing is exported after the end"
+        export = _Export(self._engine, segment)
+        detail = msgspec.msgpack.encode(_Detail(export.start))
+        return Way(transport=self.transport, address=self._engine.address, detail=detail), export
+
+    def close(self) -> None:
+        """End all ways, and the engine."""
+        super().close()
+        self._engine = None
+
+
+class _Export:
+    """A segment that peers may read."""
+
+    def __init__(self, engine: _Engine, segment: Segment) -> None:
+        self._engine = engine
+        self._memory = segment.memory if _devices() else _read_only(segment)
+        self.start = address_of(self._memory)
+        engine.register(self.start, segment.capacity_bytes)
+
+    def close(self) -> None:
+        self._engine.unregister(self.start)
 
 
 class MooncakeReader(LibraryReader):
-    """One engine for each read; see `Reader`."""
+    """Engines are this process's; see `Reader`."""
 
     transport: ClassVar[str] = "mooncake"
 
-    def connect(self, way: Way) -> _Connection:
-        """An engine of this read alone; the source is met with the first range."""
+    def connect(self, way: Way, timeout_seconds: float) -> _Connection:
+        """Take an engine, and meet the source with it."""
         try:
             detail = msgspec.msgpack.decode(way.detail, type=_Detail)
         except MALFORMED as error:
             raise ProtocolError(f"the source at {way.address} gave no address: {error}") from error
-        return _Connection(self.memory, self.address, way.address, detail.address)
+        try:
+            engine = IDLE[self.address].pop()
+        except IndexError:
+            engine = _Engine(self.address)
+        engine.meet(way.address, detail.address, timeout_seconds)
+        return _Connection(engine, self.memory, way.address, detail.address)
 
 
 class _Connection:
-    def __init__(self, memory: memoryview, host: str, target: str, source: int) -> None:
+    """An engine, which is kept for the next read if all that was started has ended well."""
+
+    def __init__(self, engine: _Engine, memory: memoryview, target: str, source: int) -> None:
         self._target, self._source, self._into = target, source, address_of(memory)
-        self._engine = _Engine(host, self._into, len(memory), memory)
+        self._engine, self._num_under_way = engine, 0
+        engine.register(self._into, len(memory))
 
     def start(self, wanted: Range) -> int:
-        batch = self._engine.read(
-            self._target, self._into + wanted.place, self._source + wanted.start, wanted.length
-        )
+        self._num_under_way += 1
+        into, source = self._into + wanted.place, self._source + wanted.start
+        batch = self._engine.start(self._target, into, source, wanted.length)
         if batch in NO_BATCH:
-            raise PeerLost(f"Mooncake does not reach the source at {self._target}{_SAYS}")
+            raise PeerLost(f"Mooncake does not reach the source at {self._target}{SAYS}")
         return batch
 
     def done(self, batch: int) -> bool:
-        status = self._engine.status(batch)
-        if status < 0:
-            raise PeerLost(
-                f"the source at {self._target} is gone, or has ended the lease: Mooncake's status "
-                f"{status}{_SAYS}"
-            )
-        return status == 1
+        arrived = self._engine.arrived(self._target, batch)
+        self._num_under_way -= arrived
+        return arrived
 
     def close(self) -> None:
-        self._engine.close()
+        if self._num_under_way == 0:
+            self._engine.unregister(self._into)
+            IDLE[self._engine.host].append(self._engine)
+        del self._engine
 
 
 def _read_only(segment: Segment) -> mmap.mmap:
@@ -144,7 +231,7 @@ def missing() -> str:
     """What is to be done before this can be used here; "" if nothing. Loads nothing."""
     if importlib.util.find_spec("mooncake") is None:
         return "pip install 'ckpt-engine[mooncake]'"
-    if "nixl" in sys.modules:
+    if "nixl_cu12" in sys.modules or "nixl" in sys.modules:
         return "leave NIXL to another process: both in one crash at its end"
     return ""
 

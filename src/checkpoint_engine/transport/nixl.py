@@ -3,7 +3,8 @@
 Where neither is set, UCX keeps to TCP on the interface of this host's address, where it listens,
 too. What an agent says of itself travels in the way, and is a secret: UCX asks nobody who they are,
 and over TCP trusts every address that it is sent, so that whoever has connected can read and write
-the process's memory. An agent's thread spins while its segment is read, and not longer.
+the process's memory. So each segment that is read has an agent of its own, which ends with the last
+way to it, as do its connections, and its thread, which spins; and so has each read.
 
     way = exporter("10.0.0.1").export(segment)
     for arrived in reader(own_segment, "10.0.0.2").read(way, ranges, timeout_seconds=60): ...
@@ -33,6 +34,7 @@ from checkpoint_engine.transport.peer import Range, Way
 
 __all__ = ["NixlExporter", "NixlReader", "exporter", "missing", "preferred", "reader"]
 
+PACKAGES = ("nixl", "nixl_cu12")
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B
 ADDRESS_IN_ANSWER = slice(20, 24)
 # Eight KiB, the default, make TCP a third as fast.
@@ -88,7 +90,7 @@ class NixlReader(LibraryReader):
 
     transport: ClassVar[str] = "nixl"
 
-    def connect(self, way: Way) -> _Connection:
+    def connect(self, way: Way, timeout_seconds: float) -> _Connection:
         """An agent of this read alone, which knows the source's."""
         try:
             detail = msgspec.msgpack.decode(way.detail, type=_Detail)
@@ -100,7 +102,6 @@ class NixlReader(LibraryReader):
 class _Connection:
     def __init__(self, agent: _Agent, address: str, detail: _Detail) -> None:
         self._agent, self._address, self._source = agent, address, detail.address
-        self._under_way: list[Any] = []
         with _translated(f"does not reach the source at {address}"):
             self._peer = agent.nixl.add_remote_agent(detail.agent)
 
@@ -143,7 +144,7 @@ def reader(segment: Segment, address: str) -> NixlReader:
 
 def missing() -> str:
     """What is to be done before this can be used here; "" if nothing. Loads nothing."""
-    if importlib.util.find_spec("nixl") is None:
+    if _package() is None:
         return "pip install 'ckpt-engine[nixl]'"
     if "mooncake.engine" in sys.modules:
         return "leave Mooncake to another process: both in one crash at its end"
@@ -155,13 +156,19 @@ def preferred() -> bool:
     return "UCX_TLS" in os.environ
 
 
+def _package() -> str | None:
+    """The one that chooses among those for each CUDA, else the one for CUDA 12, which needs none."""
+    return next((name for name in PACKAGES if importlib.util.find_spec(name) is not None), None)
+
+
 def _load() -> Any:
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # else it is standard output
     for variable in SEGMENT_VARIABLES:
         os.environ.setdefault(variable, SEGMENT_BYTES)
     try:
-        return importlib.import_module("nixl._api")
+        return importlib.import_module(f"{_package()}._api")
     except (ImportError, OSError) as error:
         raise TransferError(f"NIXL does not load: {error}") from error
 
@@ -169,7 +176,7 @@ def _load() -> Any:
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     """Its errors, which have no base of their own, as ours."""
-    bindings = importlib.import_module("nixl._bindings")
+    bindings = importlib.import_module(f"{_package()}._bindings")
     kinds = [kind for kind in vars(bindings).values() if isinstance(kind, type)]
     try:
         yield
@@ -197,7 +204,8 @@ def _interface(host: str) -> str:
             try:
                 address, mask = (
                     ipaddress.IPv4Address(fcntl.ioctl(asked, what, question)[ADDRESS_IN_ANSWER])
-                    for what in (SIOCGIFADDR, SIOCGIFNETMASK)
+                    for what in (PACKAGES = ("nixl", "nixl_cu12")
+SIOCGIFADDR, SIOCGIFNETMASK)
                 )
             except OSError:
                 continue  # it has no IPv4 address
