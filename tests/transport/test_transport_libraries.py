@@ -22,7 +22,7 @@ LIBRARIES = ("mooncake", "nixl")
 
 
 class Parties:
-    """Two sources with the same number of bytes, and a reader."""
+    """A source, a reader, and a second of both in one process."""
 
     def __init__(self, transport: str, stack: ExitStack) -> None:
         def start() -> Child:
@@ -30,15 +30,17 @@ class Parties:
             return stack.enter_context(peer)
 
         self.transport = transport
-        self.source, self.other, self.reader, self.second = (start() for _ in range(4))
-        numbers = [
-            (self.source, self.source.send("export", seed=1, num_bytes=NUM_BYTES)),
-            (self.other, self.other.send("export", seed=2, num_bytes=NUM_BYTES)),
+        self.source, self.second, self.reader = (start() for _ in range(3))
+        sources, readers = (self.source, self.second), (self.reader, self.second)
+        ways = [
+            source.send("export", seed=number, num_bytes=NUM_BYTES)
+            for number, source in enumerate(sources, start=1)
         ]
-        for reader in (self.reader, self.second):
-            reader.send("into", num_bytes=NUM_BYTES)
-            numbers.append((reader, reader.send("open", transport=transport)))
-        self.way, self.other_way, *_ = (child.result(number) for child, number in numbers)
+        opened = [
+            reader.send("open", transport=transport, num_bytes=NUM_BYTES) for reader in readers
+        ]
+        self.way, self.other_way = map(Child.result, sources, ways)
+        list(map(Child.result, readers, opened))
         self.bytes = pattern(1, NUM_BYTES)
 
     def check(self, reader: Child, ranges: list[list[int]], content: bytes | None = None) -> None:
@@ -51,7 +53,13 @@ class Parties:
 @pytest.fixture(scope="module", params=LIBRARIES)
 def parties(request: pytest.FixtureRequest) -> Iterator[Parties]:
     with ExitStack() as stack:
-        yield Parties(request.param, stack)
+        try:
+            parties = Parties(request.param, stack)
+        except RuntimeError as error:
+            if "does not load" in str(error):
+                pytest.skip(str(error))  # scripts/setup has said so, too
+            raise
+        yield parties
 
 
 WHOLE = [[0, 0, NUM_BYTES]]
@@ -76,7 +84,7 @@ def test_more_small_ranges_than_a_batch_takes_arrive_in_order(parties: Parties) 
 
 
 def test_two_read_from_a_source_that_computes(parties: Parties) -> None:
-    blocking = parties.source.send("block", seconds=30)
+    blocking = parties.source.send("block")
     parties.source.wait_for("blocked")
     readers = (parties.reader, parties.second)
     numbers = [reader.send("read", way=parties.way, ranges=BUCKETS) for reader in readers]
@@ -84,7 +92,8 @@ def test_two_read_from_a_source_that_computes(parties: Parties) -> None:
         assert reader.result(number) > 0, "times that another thread of the reader ran"
         parties.check(reader, WHOLE)
     assert not parties.source.has_answered(blocking)
-    parties.source.send("unblock")
+    os.kill(parties.source.pid, signal.SIGUSR1)
+    parties.source.result(blocking)
 
 
 def test_a_source_that_hangs_is_given_up_and_writes_nothing_when_it_goes_on(
@@ -134,52 +143,51 @@ def test_a_source_that_dies_is_lost_and_the_reader_reads_from_another(parties: P
         parties.reader.call("read", way=parties.way, ranges=[[0, 0, MIB]], timeout_seconds=5)
 
 
+# Which is chosen
+
+
+def test_a_source_offers_zeromq_last(parties: Parties) -> None:
+    assert parties.reader.call("lists", chosen=parties.transport) == [parties.transport, "zeromq"]
+    assert parties.reader.call("lists", chosen="") == ["zeromq"], "over TCP nothing is better"
+    with pytest.raises(RuntimeError, match=r"UsageError: .*=pigeon cannot be used .*known are"):
+        parties.reader.call("lists", chosen="pigeon")
+    parties.reader.call("lists", chosen=parties.transport)
+
+
 def test_only_one_library_is_loaded_and_processes_end_well(parties: Parties) -> None:
     other = next(name for name in LIBRARIES if name != parties.transport)
     for reader in (parties.reader, parties.second):
         assert reader.call("loaded") == [parties.transport]
         with pytest.raises(RuntimeError, match=f"UsageError: .*CKPT_ENGINE_TRANSPORT={other}"):
-            reader.call("open", transport=other)
-    for child in (parties.reader, parties.second, parties.other):
+            reader.call("open", transport=other, num_bytes=1)
+    for child in (parties.reader, parties.second):
         child.hang_up()
         wait_until(lambda child=child: not child.alive, "the end")
         assert child._process.returncode == 0
 
 
-# Which is chosen
-
-
-def test_a_source_offers_zeromq_last(parties: Parties) -> None:
-    with Child("transport/transport_peer.py", CKPT_ENGINE_TRANSPORT=parties.transport) as peer:
-        assert peer.call("lists") == [parties.transport, "zeromq"]
-    with Child("transport/transport_peer.py", CKPT_ENGINE_TRANSPORT="") as peer:
-        assert peer.call("lists") == ["zeromq"], "over TCP it is as quick as they are"
-        assert peer.call("loaded") == []
-    with (
-        Child("transport/transport_peer.py", CKPT_ENGINE_TRANSPORT="pigeon") as peer,
-        pytest.raises(RuntimeError, match=r"UsageError: CKPT_ENGINE_TRANSPORT=pigeon .*known are"),
-    ):
-        peer.call("lists")
-
-
 def test_a_third_party_adds_a_transport(tmp_path: Path) -> None:
     (tmp_path / "pigeon.py").write_text(
         "from checkpoint_engine.transport.zeromq import exporter, reader\n"
-        "def missing(): return ''\n"
-        "def preferred(): return True\n"
+        "missing = lambda: ''\n"
+        "preferred = lambda: True\n"
     )
     metadata = tmp_path / "pigeon-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeon\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text("[checkpoint_engine.transports]\npigeon=pigeon\n")
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    command = "from checkpoint_engine.transport import transports as t; print(t.exporters('127.0.0.1')[0], t.missing('pigeon') == '', sep='\\n'); import os; os._exit(0)"
+    lists = (
+        "import os\n"
+        "from checkpoint_engine.transport.transports import exporters, missing\n"
+        "print(len(exporters('127.0.0.1')), repr(missing('pigeon')), flush=True)\n"
+        "os._exit(0)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", command.replace(";", "\n").replace("\n ", "\n").replace("os._exit(0)", "import sys; sys.stdout.flush(); os._exit(0)")],
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", lists],
+        env={**os.environ, "PYTHONPATH": path, "CKPT_ENGINE_TRANSPORT": ""},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "ZeroMqExporter" in done.stdout, done.stderr
-    assert "True" in done.stdout
+    assert done.stdout == "2 ''\n", done.stderr

@@ -6,8 +6,9 @@ import base64
 import hashlib
 import os
 import random
+import signal
 import threading
-import time
+from pathlib import Path
 
 import msgspec
 
@@ -31,6 +32,7 @@ class Peer:
         self._store = Store()
         self._exporter: Exporter
         self._segment: Segment
+        self._into: Segment
         self._reader: Reader
 
     def export(self, seed: int, num_bytes: int) -> str:
@@ -49,27 +51,27 @@ class Peer:
     def withdraw(self, way: str) -> None:
         self._exporter.withdraw(_way(way))
 
-    def lists(self) -> list[str]:
+    def lists(self, chosen: str) -> list[str]:
         """The transports that a source would offer."""
+        os.environ["CKPT_ENGINE_TRANSPORT"] = chosen
         found = exporters(ADDRESS)
         for exporter in found:
             exporter.close()
         return [exporter.transport for exporter in found]
 
-    def block(self, seconds: float) -> None:
-        """Compute, and hold the interpreter as much as Python code can."""
+    def block(self) -> None:
+        """Compute until there is a signal, and hold the interpreter as Python code does."""
+        done = threading.Event()
+        signal.signal(signal.SIGUSR1, lambda *_: done.set())
         say(event="blocked")
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
+        while not done.is_set():
             sum(range(1000))
 
-    def into(self, num_bytes: int) -> None:
-        """Make the memory that is read into."""
-        self._segment = self._store.allocate(num_bytes, pooled=False)
-        self._segment.memory[:] = bytes(self._segment.capacity_bytes)
-
-    def open(self, transport: str) -> None:
-        self._reader = reader(transport, self._segment, ADDRESS)
+    def open(self, transport: str, num_bytes: int) -> None:
+        """Make the memory that is read into, and what reads."""
+        self._into = self._store.allocate(num_bytes, pooled=False)
+        self._into.memory[:] = bytes(self._into.capacity_bytes)
+        self._reader = reader(transport, self._into, ADDRESS)
 
     def read(self, way: str, ranges: list[list[int]], timeout_seconds: float = 20) -> int:
         """Read, and say when each range is there; how often another thread ran meanwhile."""
@@ -90,15 +92,17 @@ class Peer:
             thread.join()
         return ticks[0]
 
-    def digest(self, start: int, end: int) -> str:
-        return hashlib.sha256(self._segment.memory[start:end]).hexdigest()
+    def misread(self, way: str, detail: str) -> None:
+        """Read by a way that is none."""
+        wrong = msgspec.structs.replace(_way(way), detail=bytes.fromhex(detail))
+        list(self._reader.read(wrong, [Range(0, 0, 1)], 5))
 
-    def close(self) -> None:
-        self._reader.close()
+    def digest(self, start: int, end: int) -> str:
+        return hashlib.sha256(self._into.memory[start:end]).hexdigest()
 
     def loaded(self) -> list[str]:
         """Which of the libraries are mapped into this process."""
-        maps = open("/proc/self/maps").read()  # noqa: SIM115
+        maps = Path("/proc/self/maps").read_text()
         return [name for name in ("mooncake", "nixl") if f"/{name}" in maps]
 
 
@@ -108,4 +112,3 @@ def _way(text: str) -> Way:
 
 if __name__ == "__main__":
     serve(Peer())
-    os._exit(0)

@@ -157,7 +157,7 @@ def preferred() -> bool:
 
 
 def _package() -> str | None:
-    """The one that chooses among those for each CUDA, else the one for CUDA 12, which needs none."""
+    """The one that chooses a build by the CUDA that is there, else a build, which needs none."""
     return next((name for name in PACKAGES if importlib.util.find_spec(name) is not None), None)
 
 
@@ -204,8 +204,7 @@ def _interface(host: str) -> str:
             try:
                 address, mask = (
                     ipaddress.IPv4Address(fcntl.ioctl(asked, what, question)[ADDRESS_IN_ANSWER])
-                    for what in (PACKAGES = ("nixl", "nixl_cu12")
-SIOCGIFADDR, SIOCGIFNETMASK)
+                    for what in (SIOCGIFADDR, SIOCGIFNETMASK)
                 )
             except OSError:
                 continue  # it has no IPv4 address
