@@ -132,6 +132,22 @@ def test_a_new_instance_reads_from_all_who_have_it(start: Start) -> None:
     assert sorted(num_buckets) == [1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("transport", ["mooncake", "nixl"])
+def test_a_new_instance_reads_through_a_library(
+    start: Start, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_TRANSPORT", transport)
+    (source,) = start("a")
+    whole = source.call("register_large", name="v1", seed=17, num_tensors=LARGE)
+    metas = source.call("metas")
+    block([source])
+    (reader,) = start("b")
+    outcome = reader.call("join", metas=metas)
+    assert (outcome["version"], outcome["outcome"]) == ("v1", "published")
+    assert reader.call("weights") == whole
+    assert arrivals(reader) == [], "nothing came over ZeroMQ"
+
+
 def test_a_source_that_dies_is_replaced_and_what_it_gave_is_not_read_again(start: Start) -> None:
     sources = start("a", "b", "c")
     whole = together(sources, "register_large", name="v1", seed=6, num_tensors=64)[0]

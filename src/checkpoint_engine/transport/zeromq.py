@@ -32,7 +32,7 @@ from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.line import Line
 from checkpoint_engine.transport.peer import Range, Way
 
-__all__ = ["ZeroMqExporter", "ZeroMqReader"]
+__all__ = ["ZeroMqExporter", "ZeroMqReader", "exporter", "missing", "preferred", "reader"]
 
 PIECE_BYTES = 1 << 20
 NUM_PIECES_UNDER_WAY = 16
@@ -147,6 +147,26 @@ class ZeroMqReader:
         """Let go of the segment."""
         self._memory = memoryview(b"")
         self._context.destroy(linger=0)
+
+
+def exporter(address: str) -> ZeroMqExporter:
+    """Listens at this address."""
+    return ZeroMqExporter(address)
+
+
+def reader(segment: Segment, address: str) -> ZeroMqReader:
+    """Reads from wherever the way leads."""
+    return ZeroMqReader(segment)
+
+
+def missing() -> str:
+    """Nothing."""
+    return ""
+
+
+def preferred() -> bool:
+    """It is what the others are measured by."""
+    return False
 
 
 def _receive(line: Line, request: bytes, into: memoryview, timeout_seconds: float) -> None:

@@ -29,7 +29,7 @@ from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.address import own_address
 from checkpoint_engine.transport.peer import Range, Reader, Way
 from checkpoint_engine.transport.peers import PeerClient
-from checkpoint_engine.transport.transports import reader
+from checkpoint_engine.transport.transports import missing, reader
 from checkpoint_engine.update.versions import Version
 
 __all__ = ["fetch"]
@@ -148,8 +148,10 @@ class _Reading:
         """The first way that this host can take, and what takes it."""
         with self._lock:
             for way in ways:
+                if missing(way.transport):
+                    continue
                 if way.transport not in self._readers:
                     found = reader(way.transport, self.received, own_address())
                     self._readers[way.transport] = found
                 return way, self._readers[way.transport]
-        raise ProtocolError("the source offers no way to its bytes")
+        raise ProtocolError("the source offers no way to its bytes that can be taken here")
