@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import msgspec
 import pytest
 from core_tools import MIB, PROPERTY
 from hypothesis import given
@@ -14,7 +13,7 @@ from checkpoint_engine.errors import TransferError
 from checkpoint_engine.manifest import Manifest, TensorMeta, align
 from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 from checkpoint_engine.plan.merge import merge
-from checkpoint_engine.plan.routes import Holding, holdings, place, plan_routes, shares
+from checkpoint_engine.plan.routes import Holding, holdings, plan_routes, shares
 
 sizes = st.lists(st.integers(1, 9 * MIB), min_size=1, max_size=12)
 
@@ -130,18 +129,29 @@ def test_without_those_that_are_lost() -> None:
 
 
 @PROPERTY
-@given(sizes, st.integers(1, 9))
-def test_the_ranks_of_a_host_share_its_buckets(lengths: list[int], num_receivers: int) -> None:
-    buckets = buckets_of(shard({f"t{n}": length for n, length in enumerate(lengths)}))
-    cut = shares(buckets, num_receivers)
-    assert [bucket for run in cut for bucket in run] == list(buckets)
-    total, largest = sum(b.length for b in buckets), max(b.length for b in buckets)
-    assert max(sum(b.length for b in run) for run in cut) <= total / num_receivers + largest
-
-
-def test_pieces_lie_one_after_the_other() -> None:
-    buckets = buckets_of(shard({"a": 5, "b": 9 * MIB, "c": 300}))
-    pieces = place([msgspec.structs.replace(one, index=0) for one in buckets])
-    ends = [0, *(piece.place + piece.length for piece in pieces)]
-    assert [piece.place for piece in pieces] == ends[:-1]
-    assert all(piece.length == align(b.length) for piece, b in zip(pieces, buckets, strict=True))
+@given(sizes, st.integers(1, 9), st.randoms())
+def test_the_ranks_of_a_host_share_what_it_lacks(
+    lengths: list[int], num_receivers: int, rng: random.Random
+) -> None:
+    names = {f"t{n}": length for n, length in enumerate(lengths)}
+    some = shard({name: length for name, length in names.items() if rng.random() < 0.5})
+    manifest, runs = merge([some, shard(names)])
+    lacking = [run for run in runs if run.rank == 1]
+    cut = shares(lacking, manifest.tensors, num_receivers)
+    assert len(cut) == num_receivers
+    total = sum(run.length for run in lacking)
+    for mine in cut:
+        ends = [0, *(piece.place + piece.length for piece in mine)]
+        assert [piece.place for piece in mine] == ends[:-1], "one after the other"
+        assert ends[-1] <= total / num_receivers + 4 * MIB + 256
+    pieces = [piece for mine in cut for piece in mine]
+    covered = {at for run in lacking for at in (run.offset, run.end)}
+    begins = {c.offset for c in manifest.chunks()} | covered
+    assert all(piece.offset in begins and piece.length for piece in pieces)
+    joined = [(piece.offset, piece.offset + piece.length) for piece in pieces]
+    for run in lacking:
+        at = run.offset
+        while at < run.end:
+            at = dict(joined)[at]
+        assert at == run.end
+    assert sum(piece.length for piece in pieces) == total

@@ -54,6 +54,22 @@ def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def toy_streaming(start_toys: Start) -> Iterator[Fleet]:
+    """Three replicas that read versions from files while requests wait, for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    toys = Fleet(start_toys, folder, num_replicas=3, streamed=True)
+    yield toys
+    toys.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def streaming(toy_streaming: Fleet) -> Fleet:
+    """Mended, whatever the test before has left."""
+    return mended(toy_streaming)
+
+
 @pytest.fixture
 def hosts(toy_hosts: Fleet) -> Fleet:
     """Mended, whatever the test before has left."""

@@ -101,9 +101,15 @@ class Fleet:
     """Replicas are called in turn by the ranks, of which each has the host that is named for it."""
 
     def __init__(
-        self, start: Start, folder: Path, *, num_replicas: int, hosts: Sequence[str] = ("a",)
+        self,
+        start: Start,
+        folder: Path,
+        *,
+        num_replicas: int,
+        hosts: Sequence[str] = ("a",),
+        streamed: bool = False,
     ) -> None:
-        self.start, self.folder, self.hosts = start, folder, hosts
+        self.start, self.folder, self.hosts, self.streamed = start, folder, hosts, streamed
         self.sockets, self.state = folder / "s", folder / "state"
         self.addresses = {f"replica {n}": str(folder / f"r{n}") for n in range(num_replicas)}
         self._last_seed = 0
@@ -176,7 +182,7 @@ class Fleet:
         """A new version, on every rank; returns its seed."""
         self._last_seed += 1
         truth(self._last_seed)  # made before anybody can ask for it, and from another thread
-        self.all("register", seed=self._last_seed)
+        self.all("register", seed=self._last_seed, streamed=self.streamed)
         return self._last_seed
 
     def begin(self, seed: int, *, timeout: float = TIMEOUT_SECONDS, **options: Any) -> list[int]:
@@ -359,7 +365,9 @@ class Fleet:
             f"{name} holds {held}"
             for name, held in replicas.items()
             # Its commands, its listener, and the lease of each map, which has a descriptor.
-            if held.num_sockets != 2 + held.num_maps or held.num_memories != held.num_maps
+            if held.num_sockets != 2 + held.num_maps
+            or held.num_memories != held.num_maps
+            or held.num_files > 2  # of the version that is served, and of the one before
         ]
         if len(self.ranks) == 1:
             held = Holdings(self.trainer.pid)
@@ -369,7 +377,7 @@ class Fleet:
             num_own = held.num_sockets - num_leases
             if num_own not in (3, 4) or held.num_memories != 2 * held.num_maps:
                 found.append(f"the trainer holds {held} for {num_leases} leases")
-            if held.num_maps > MOST_SEGMENTS:
+            if held.num_maps > MOST_SEGMENTS or held.num_files > 1:
                 found.append(f"the trainer holds {held}")
         return found
 
@@ -415,7 +423,9 @@ class Holdings:
         maps = Path(f"/proc/{pid}/maps").read_text()
         self.num_sockets = len({link for link in links if link.startswith("socket:")})
         self.num_memories = len([link for link in links if "memfd:ckpt-engine" in link])
+        self.num_files = len([link for link in links if ".safetensors" in link])
         self.num_maps = len(set(re.findall(r" (\d+) +/memfd:ckpt-engine", maps)))
 
     def __repr__(self) -> str:
-        return f"{self.num_sockets} sockets, {self.num_memories} memfds, {self.num_maps} maps"
+        memory = f"{self.num_memories} memfds, {self.num_maps} maps"
+        return f"{self.num_sockets} sockets, {self.num_files} files, {memory}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import msgspec
+from safetensors.torch import save_file
 from toy import Faults, ask, label, lift, make_model
 
 from checkpoint_engine.errors import UpdateFailed
@@ -36,6 +38,7 @@ class Trainer:
         self._faults = Faults()
         self._make_fragile()
         self._server = ParameterServer()
+        self._streamed: str | None = None
 
     def arm(self, point: str, what: str) -> None:
         self._faults.arm(point, what)
@@ -44,14 +47,29 @@ class Trainer:
         self._faults.disarm()
         lift(resource.RLIMIT_FSIZE)
 
-    def register(self, seed: int) -> None:
-        """This rank's share of a version; the memory of those before is used again."""
+    def register(self, seed: int, streamed: bool = False) -> None:
+        """This rank's share of a version; the memory of those before is used again.
+
+        One that is streamed has its file open and deleted, and takes the place of the last.
+        """
         tensors = list(make_model(seed).state_dict().items())
         share = dict(tensors[self._server.rank :: self._server.world_size])
-        self._server.register_checkpoint(
-            label(seed), named_tensors=share, use_shared_memory_pool=True
-        )
+        if streamed:
+            self._register_file(seed, share)
+        else:
+            self._server.register_checkpoint(
+                label(seed), named_tensors=share, use_shared_memory_pool=True
+            )
         self._server.gather_metas(label(seed))
+
+    def _register_file(self, seed: int, tensors: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/{label(seed)}.safetensors"
+            save_file(tensors, path)
+            self._server.register_checkpoint(label(seed), files=[path], mode="streamed")
+        if self._streamed is not None:
+            self._server.unregister_checkpoint(self._streamed)
+        self._streamed = label(seed)
 
     def flip(self, seed: int) -> None:
         """Bad memory: one bit of what was registered."""

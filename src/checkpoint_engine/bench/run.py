@@ -19,6 +19,7 @@ from checkpoint_engine.bench.broadcast import measure_broadcast
 from checkpoint_engine.bench.load import measure_load
 from checkpoint_engine.bench.machine import Machine, Others
 from checkpoint_engine.bench.measure import Ratio, Row, Samples, Tell, needed, run_rounds
+from checkpoint_engine.bench.peers import measure_peers
 from checkpoint_engine.bench.updates import Updates
 from checkpoint_engine.bench.weights import SIZES, Size
 from checkpoint_engine.errors import UsageError
@@ -40,9 +41,14 @@ BROADCASTS = (
     Ratio("broadcast", "broadcast", "bare", 1.2),
     Ratio("broadcast-control", "bare again", "bare"),
 )
+PEERS = (
+    Ratio("p2p", "p2p", "bare p2p"),
+    Ratio("p2p-4", "p2p from 4", "bare p2p from 4"),
+)
 
 WARMUPS = 4  # until the replica has its snapshot behind it, and a map of each pooled segment
 BROADCAST_WARMUPS = 2
+PEER_WARMUPS = 2
 TMPFS = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
 
 
@@ -91,6 +97,11 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
         measured = measure_broadcast(num_bytes, rounds=rounds, warmups=BROADCAST_WARMUPS, tell=tell)
         rows += [ratio.row(measured, num_bytes) for ratio in broadcasts]
         samples |= measured
+    if peers := _chosen(PEERS, only):
+        num_bytes = SIZES[size].broadcast_bytes
+        measured = measure_peers(num_bytes, rounds=rounds, warmups=PEER_WARMUPS, tell=tell)
+        rows += [ratio.row(measured, num_bytes) for ratio in peers]
+        samples |= measured
     if not only or set(LOAD) & set(only):
         measured_rows, measured = _measure_load(rounds, tell)
         rows += [row for row in measured_rows if not only or row.name in only]
@@ -130,7 +141,7 @@ def _measure_load(rounds: int, tell: Tell) -> tuple[list[Row], Samples]:
 def _check(size: str, only: Collection[str]) -> None:
     if size not in SIZES:
         raise UsageError(f"--size is {' or '.join(SIZES)}, not {size!r}")
-    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS)), *LOAD]
+    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS, *PEERS)), *LOAD]
     unknown = sorted(set(only) - set(known))
     if unknown:
         raise UsageError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(known)}")

@@ -12,16 +12,18 @@ source fails, what is missing is planned again without it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
 from checkpoint_engine.errors import TransferError
-from checkpoint_engine.manifest import Manifest, align
+from checkpoint_engine.manifest import CHUNK_BYTES, Manifest, TensorMeta, align
 from checkpoint_engine.plan.buckets import Bucket
+from checkpoint_engine.plan.merge import Run
 
-__all__ = ["Holding", "Piece", "Route", "holdings", "place", "plan_routes", "shares"]
+__all__ = ["Holding", "Piece", "Route", "holdings", "plan_routes", "shares"]
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,25 +86,44 @@ def _holding(source: int, segment: str, start: int, offset: int, end: int) -> Ho
     return Holding(source=source, segment=segment, start=start, offset=offset, length=end - offset)
 
 
-def shares(buckets: Sequence[Bucket], num_receivers: int) -> list[list[Bucket]]:
-    """Buckets cut into runs of about equal bytes, for the ranks of a host that receive together."""
-    total = sum(bucket.length for bucket in buckets)
-    cut: list[list[Bucket]] = [[] for _ in range(num_receivers)]
+def shares(
+    runs: Sequence[Run], tensors: Sequence[TensorMeta], num_receivers: int
+) -> list[list[Piece]]:
+    """Runs of a version cut into about equal shares, for the ranks of a host that read together.
+
+    Cuts are made where digest chunks begin. Each rank puts its pieces one after the other.
+
+    Args:
+        runs: sorted by offset, each a multiple of the alignment long.
+        tensors: of the version, sorted by offset.
+        num_receivers: how many share the work.
+    """
+    total = sum(run.length for run in runs)
+    found: list[list[Piece]] = []
+    rest = list(runs)
     before = 0
-    for bucket in buckets:
-        middle = before + bucket.length // 2
-        cut[min(num_receivers - 1, middle * num_receivers // max(1, total))].append(bucket)
-        before += bucket.length
-    return cut
+    for receiver in range(1, num_receivers + 1):
+        mine: list[Piece] = []
+        wanted = total * receiver // num_receivers - before
+        while rest and wanted > 0:
+            run = rest.pop(0)
+            cut = run.end if wanted >= run.length else _chunk_end(tensors, run.offset + wanted)
+            cut = min(cut, run.end)
+            end = mine[-1].place + mine[-1].length if mine else 0
+            mine.append(Piece(run.offset, cut - run.offset, end))
+            before, wanted = before + cut - run.offset, wanted - (cut - run.offset)
+            if cut < run.end:
+                start = run.start + cut - run.offset
+                rest.insert(0, Run(rank=run.rank, start=start, offset=cut, length=run.end - cut))
+        found.append(mine)
+    return found
 
 
-def place(buckets: Sequence[Bucket]) -> list[Piece]:
-    """One after the other in the memory of whoever receives them, padding included."""
-    pieces, end = [], 0
-    for bucket in buckets:
-        pieces.append(Piece(bucket.offset, align(bucket.length), end))
-        end += align(bucket.length)
-    return pieces
+def _chunk_end(tensors: Sequence[TensorMeta], at: int) -> int:
+    """The first place from `at` on where a digest chunk, or a tensor, begins."""
+    tensor = tensors[bisect_right(tensors, at, key=lambda one: one.offset) - 1]
+    chunk = tensor.offset - (tensor.offset - at) // CHUNK_BYTES * CHUNK_BYTES
+    return chunk if chunk < tensor.end else max(at, align(tensor.end))
 
 
 def plan_routes(

@@ -23,7 +23,7 @@ from checkpoint_engine.errors import (
 )
 from checkpoint_engine.memory import Pace, byte_workers
 from checkpoint_engine.plan.buckets import Bucket
-from checkpoint_engine.plan.routes import Holding, Route, place, plan_routes
+from checkpoint_engine.plan.routes import Holding, Piece, Route, plan_routes
 from checkpoint_engine.store import Segment, Store
 from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.address import own_address
@@ -51,20 +51,19 @@ def fetch(
         TransferError: no source is left for some bucket; says what became of each.
         StoreError: no memory for what is to be read.
     """
-    mine = version.share(version.hosts.of_rank[rank], rank)
+    mine = version.share(rank)
     if not mine:
         return None, 0
-    pieces = place(mine)
-    received = store.allocate(pieces[-1].place + pieces[-1].length, pooled=True)
+    received = store.allocate(mine[-1].place + mine[-1].length, pooled=True)
     reading = _Reading(version, received, timeline, time.monotonic() + timeout_seconds)
     try:
-        reading.run(mine, {piece.offset: piece.place for piece in pieces}, first=rank)
+        num_read = reading.run(mine, first=rank)
     except BaseException:
         received.release()
         raise
     finally:
         reading.close()
-    return received, sum(bucket.length for bucket in mine)
+    return received, num_read
 
 
 @dataclass
@@ -82,9 +81,12 @@ class _Reading:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pace: Pace = field(default_factory=Pace.of_environment)
 
-    def run(self, buckets: Sequence[Bucket], places: dict[int, int], *, first: int) -> None:
+    def run(self, mine: Sequence[Piece], *, first: int) -> int:
         """Read until everything has arrived, without those that fail on the way."""
-        self._places = places
+        buckets = []
+        for piece, bucket in self.version.buckets(mine):
+            buckets.append(bucket)
+            self._places[bucket.offset] = piece.place + bucket.offset - piece.offset
         held = self.version.held()
         while missing := [one for one in buckets if one.offset not in self._arrived]:
             if time.monotonic() > self.deadline:
@@ -92,6 +94,7 @@ class _Reading:
             routes = self._plan(missing, held, first)
             with byte_workers(min(NUM_SOURCES_AT_ONCE, len(routes)), idle=True) as pool:
                 list(pool.map(self._read, routes, routes.values()))
+        return sum(bucket.length for bucket in buckets)
 
     def close(self) -> None:
         for found in self._readers.values():

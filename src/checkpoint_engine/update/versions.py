@@ -9,21 +9,24 @@ pure: every rank computes the same from the same metas.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
 from checkpoint_engine.errors import UsageError
-from checkpoint_engine.manifest import Manifest, check_manifest
+from checkpoint_engine.manifest import Manifest, check_manifest, cut_chunks
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES, Bucket, plan_buckets
 from checkpoint_engine.plan.merge import Run, merge
-from checkpoint_engine.plan.routes import Holding, Piece, holdings, place, shares
+from checkpoint_engine.plan.routes import Holding, Piece, holdings, shares
 from checkpoint_engine.transport.handover import Part
 from checkpoint_engine.transport.peers import Peer
 
 __all__ = ["Hosts", "RankMeta", "Version", "parts_on"]
+
+Stretch = TypeVar("Stretch", Run, Piece)
 
 
 class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +38,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
         device_uuid: of the device whose engine looks for that handle.
         segment: name of the segment that holds the shard; "" if it registered nothing.
         peer: where other hosts read from it, and the secrets for that.
+        files: name of the files that hold it instead; "" unless it is to be streamed.
+        why: what decided between the two.
     """
 
     rank: int
@@ -44,6 +49,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
     segment: str
     manifest: Manifest
     peer: Peer | None = None
+    files: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,11 @@ class Version:
         Raises:
             UsageError: a source cannot be read from.
         """
+        if self.mode == "streamed":
+            raise UsageError(
+                "a version that is streamed is in no memory that peers could read: stage it, or "
+                "update from its files"
+            )
         for source, meta in enumerate(self.sources):
             if meta.segment and meta.peer is None and source not in lost:
                 raise UsageError(f"rank {meta.rank} does not let peers read; gather its metas anew")
@@ -134,6 +146,18 @@ class Version:
             self.digest, self.num_bytes, self.manifest, self.runs, self.sources, tuple(metas),
             Hosts.of(metas), True, tuple(copies), lost,
         )  # fmt: skip
+
+    @property
+    def mode(self) -> str:
+        """Where engines find it: "staged" in memory, "streamed" from files, "kept" by them."""
+        if self.manifest is None:
+            return "kept"
+        return "streamed" if any(meta.files for meta in self.sources) else "staged"
+
+    @property
+    def why(self) -> str:
+        """What decided that."""
+        return next((meta.why for meta in self.sources if meta.why), "")
 
     def is_on(self, host: int, run: Run) -> bool:
         """Whether a run's bytes are on a host already."""
@@ -161,28 +185,34 @@ class Version:
             return pieces
         return [
             (rank, piece)
-            for rank in self.hosts.ranks(host)
-            for piece in place(self.share(host, rank))
+            for rank, mine in zip(self.hosts.ranks(host), self._shares(host), strict=True)
+            for piece in mine
         ]
 
-    def share(self, host: int, rank: int) -> list[Bucket]:
-        """The buckets that a rank reads from peers for its host."""
-        ranks = self.hosts.ranks(host)
+    def share(self, rank: int) -> list[Piece]:
+        """What a rank reads from peers for its host."""
+        host = self.hosts.of_rank[rank]
+        return self._shares(host)[self.hosts.ranks(host).index(rank)]
+
+    def _shares(self, host: int) -> list[list[Piece]]:
+        assert self.manifest is not None, "what replicas keep is not read from peers"
         foreign = [run for run in self.runs if not self.is_on(host, run)]
-        buckets = [bucket for _, bucket in self.buckets(foreign)]
-        return shares(buckets, len(ranks))[ranks.index(rank)]
+        return shares(foreign, self.manifest.tensors, len(self.hosts.ranks(host)))
 
     def buckets(
-        self, runs: Sequence[Run], bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    ) -> Iterator[tuple[Run, Bucket]]:
-        """Buckets within runs, numbered through: every host plans the same."""
+        self, stretches: Sequence[Stretch], bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    ) -> Iterator[tuple[Stretch, Bucket]]:
+        """Buckets within runs or pieces, numbered through: every host plans the same."""
         assert self.manifest is not None, "what replicas keep is not sent"
-        chunks, index = list(self.manifest.chunks()), 0
-        offsets = [chunk.offset for chunk in chunks]
-        for run in runs:
-            inside = chunks[bisect_left(offsets, run.offset) : bisect_left(offsets, run.end)]
+        tensors, index = self.manifest.tensors, 0
+        for stretch in stretches:
+            end = stretch.offset + stretch.length
+            first = bisect_right(tensors, stretch.offset, key=lambda one: one.offset) - 1
+            last = bisect_left(tensors, end, key=lambda one: one.offset)
+            chunks = cut_chunks(tensors[first:last])
+            inside = (chunk for chunk in chunks if stretch.offset <= chunk.offset < end)
             for bucket in plan_buckets(inside, bucket_bytes):
-                yield run, msgspec.structs.replace(bucket, index=index)
+                yield stretch, msgspec.structs.replace(bucket, index=index)
                 index += 1
 
 
@@ -194,6 +224,8 @@ def parts_on(version: Version, host: int, received: Sequence[str]) -> tuple[Part
         host: the host.
         received: by rank, the name of the segment that it received into.
     """
+    if version.mode == "streamed":
+        return ()
     parts = [
         _part(version.sources[run.rank], version.sources[run.rank].segment, run.start, run)
         for run in version.runs
