@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,15 @@ class Chaos:
             victim.call("arm", point=draw.choice(points), what="kill")
         published, in_update = self._published, self._updating.is_set()
         error = self._error_of_joining(name, joiner, metas)
-        if not replica.alive:
+        with suppress(RuntimeError):
+            replica.call("recover")
+        if has_died(replica):
             self._fleet.start_replica(name)
             self._say("a replica dies in its update", name)
         elif joiner.ended:
             self._say("a joiner dies", name)
         elif error is None:
             self._say("a replica is joined", name, "in an update" if in_update else "")
-            replica.call("recover")
             self._check_serves(name, published, generation, "when it was joined")
             return True
         else:
@@ -195,7 +197,12 @@ class Chaos:
         return found
 
     def _check_serves(self, name: str, published: int, generation: int, when: str) -> None:
-        answered = self._fleet.replicas[name].call("ask")
+        replica = self._fleet.replicas[name]
+        try:
+            answered = replica.call("ask")
+        except RuntimeError:
+            assert has_died(replica), f"{name} does not answer {when}"
+            return
         if self._may_be_gone(generation):
             return  # an update that nobody has ended may have left it behind
         assert "refused" not in answered, f"{name} is {answered['refused']} {when}"
@@ -236,6 +243,14 @@ class Chaos:
             assert Holdings(rank.pid).num_maps <= MOST_SEGMENTS
         for name in self._names:
             assert list((self._folder / name / "s").iterdir()) == []
+
+
+def has_died(replica: Forked) -> bool:
+    """Whether it met the fault that was meant for it; nobody dies of anything else."""
+    if replica.alive:
+        return False
+    replica.wait_for("fault")
+    return True
 
 
 def main() -> None:
