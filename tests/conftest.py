@@ -12,6 +12,8 @@ import pytest
 import torch
 from e2e_server import COMMAND, Server, Servers, make_environment
 
+from replica_nursery import Nursery
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -65,10 +67,16 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return make_environment(tmp_path / "state")
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
 @pytest.fixture
-def start(environment: dict[str, str]) -> Iterator[Callable[..., Server]]:
+def start(environment: dict[str, str], nursery: Nursery) -> Iterator[Callable[..., Server]]:
     """Starts replicas that end with the test."""
-    servers = Servers(environment)
+    servers = Servers(environment, nursery)
     yield servers.start
     servers.close()
 

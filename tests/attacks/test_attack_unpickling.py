@@ -135,7 +135,7 @@ def test_whole_updates_unpickle_nothing(
 ) -> None:
     """Two ranks that send each other files over gloo, then a trainer's two; from start to end."""
     old, new = folders
-    servers = [start(old), start(old)]
+    servers = [start(old, command=COMMAND), start(old, command=COMMAND)]
     endpoints = [server.endpoint for server in servers]
     options = [option for endpoint in endpoints for option in ("--endpoint", endpoint)]
     ranks = [

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from replica_nursery import Nursery, Process
 
 COMMAND = (sys.executable, "-m", "checkpoint_engine")
 
@@ -28,12 +30,19 @@ def make_environment(state: Path) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
 class Server:
     """A replica process and where it answers."""
 
-    process: subprocess.Popen[str]
-    endpoint: str
+    def __init__(self, process: subprocess.Popen[str] | Process) -> None:
+        self.process = process
+
+    @cached_property
+    def endpoint(self) -> str:
+        """Waits for it to serve, the first time."""
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        assert words, "the replica ended before it served"
+        return words[-1]
 
     def info(self) -> dict[str, Any]:
         return dict(httpx.get(f"{self.endpoint}/weight_info", timeout=30).json())
@@ -43,28 +52,35 @@ class Server:
 
 
 class Servers:
-    """Starts replicas in one environment, and ends them all when closed."""
+    """Starts replicas in one environment, and ends them all when closed.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
-        self._processes: list[subprocess.Popen[str]] = []
+    They are forked from a nursery, if there is one and no other command is given.
+    """
 
-    def start(self, folder: Path, *options: str, command: Sequence[str] = COMMAND) -> Server:
-        process = subprocess.Popen(
-            [*command, "replica", "--model", str(folder), "--port", "0", *options],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(self._environment),
-        )
+    def __init__(self, environment: Mapping[str, str], nursery: Nursery | None = None) -> None:
+        self._environment, self._nursery = environment, nursery
+        self._processes: list[subprocess.Popen[str] | Process] = []
+
+    def start(self, folder: Path, *options: str, command: Sequence[str] | None = None) -> Server:
+        arguments = ["replica", "--model", str(folder), "--port", "0", *options]
+        environment = dict(self._environment)
+        process: subprocess.Popen[str] | Process
+        if self._nursery is not None and command is None:
+            process = self._nursery.start(arguments, environment)
+        else:
+            process = subprocess.Popen(
+                [*(command or COMMAND), *arguments],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
         self._processes.append(process)
-        assert process.stdout is not None
-        words = process.stdout.readline().split()
-        assert words, "the replica ended before it served"
-        return Server(process, words[-1])
+        return Server(process)
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.wait(30)
             assert process.stdout is not None
             process.stdout.close()

@@ -13,6 +13,7 @@ from ps_replicas import ReplicaProcess, save_model
 from ps_tools import EngineProcess
 
 from checkpoint_engine.ps import ParameterServer
+from replica_nursery import Nursery
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +45,8 @@ def engine_pool(socket_folder: Path) -> Iterator[list[EngineProcess]]:
     """Starting an engine costs seconds, so those that are well are used again."""
     pool: list[EngineProcess] = []
     yield pool
+    for engine in pool:
+        engine.hang_up()
     for engine in pool:
         engine.close()
 
@@ -100,7 +103,10 @@ def replica_pool(socket_folder: Path) -> Iterator[list[ReplicaProcess]]:
 
 @pytest.fixture
 def replicas(
-    replica_pool: list[ReplicaProcess], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    replica_pool: list[ReplicaProcess],
+    nursery: Nursery,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[ReplicaProcess, ReplicaProcess]:
     """Two that serve; which version, the test before has left open."""
     monkeypatch.delenv("CKPT_ENGINE_TOKEN", raising=False)
@@ -109,6 +115,7 @@ def replicas(
             replica.close()
     replica_pool[:] = [replica for replica in replica_pool if replica.alive]
     while len(replica_pool) < 2:
-        replica_pool.append(ReplicaProcess(model_folder, f"replica {time.monotonic_ns()}"))
+        name = f"replica {time.monotonic_ns()}"
+        replica_pool.append(ReplicaProcess(nursery, model_folder, name))
     assert all(replica.url for replica in replica_pool)
     return replica_pool[0], replica_pool[1]

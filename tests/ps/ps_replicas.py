@@ -6,7 +6,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from children import TIMEOUT_SECONDS
+from replica_nursery import Nursery
 
 START_SECONDS = 120.0
 PROMPT = [3, 1, 4, 1, 5]
@@ -71,24 +71,17 @@ def save_model(folder: Path, seed: int, vocab_size: int = 64) -> None:
 class ReplicaProcess:
     """A replica of the model in `folder`."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, nursery: Nursery, folder: Path, name: str) -> None:
         self.name = name
         self._url = ""
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "checkpoint_engine", "replica"),
-                *("--model", str(folder), "--port", "0", "--name", name),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        self._process = nursery.start(
+            ["replica", "--model", str(folder), "--port", "0", "--name", name], dict(os.environ)
         )
 
     @property
     def url(self) -> str:
         """Waits for it to serve, the first time."""
         if not self._url:
-            assert self._process.stdout is not None
             with selectors.DefaultSelector() as selector:
                 selector.register(self._process.stdout, selectors.EVENT_READ)
                 assert selector.select(START_SECONDS), "the replica says nothing"
@@ -138,5 +131,4 @@ class ReplicaProcess:
             self._process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
-        assert self._process.stdout is not None
         self._process.stdout.close()

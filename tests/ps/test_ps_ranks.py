@@ -27,6 +27,7 @@ def call_all(children: Sequence[Child], do: str, **arguments: Any) -> list[Any]:
 @pytest.fixture(scope="session")
 def start_ranks(socket_folder: Any) -> Iterator[Callable[..., Ranks]]:
     """Starts the ranks of one server, each on the host that is named for it."""
+    started: Ranks = []
     with ExitStack() as stack:
 
         def start(*hosts: str) -> Ranks:
@@ -44,11 +45,14 @@ def start_ranks(socket_folder: Any) -> Iterator[Callable[..., Ranks]]:
                 )
                 for rank, host in enumerate(hosts)
             ]
+            started.extend(ranks)
             met = call_all(ranks, "meet")
             assert met == [[rank, len(hosts)] for rank in range(len(hosts))]
             return ranks
 
         yield start
+        for child in started:  # to end takes a second, which they may all spend at once
+            child.hang_up()
 
 
 @pytest.fixture(scope="session")
