@@ -2,7 +2,7 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test simulate storm soak fuzz lint bench
+.PHONY: help setup demo test simulate storm chaos soak fuzz lint bench
 .NOTPARALLEL:
 
 help:
@@ -10,11 +10,12 @@ help:
 	@echo "make test    the tests (ARGS goes to pytest)"
 	@echo "make simulate  100,000 random schedules of faults, on simulated time"
 	@echo "make storm   200 faults on real processes, one after the other (ARGS=\"--seed 7\")"
+	@echo "make chaos   5 minutes of replicas that die and are joined under updates (ARGS=\"--seed 7\")"
 	@echo "make fuzz    throw 100,000 hostile inputs at every decoder"
 	@echo "make soak    2,000 updates under load: nothing grows"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test simulate storm soak fuzz lint bench:
+setup demo test simulate storm chaos soak fuzz lint bench:
 	@scripts/$@ $(ARGS)

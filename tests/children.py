@@ -65,18 +65,15 @@ class Talker:
         return self.result(self.send(do, **arguments))
 
     def result(self, number: int) -> Any:
-        """Wait for the result of a command."""
-        answer = self._wait_for(lambda message: message.get("id") == number)
+        """Wait for the result of a command, which is then forgotten."""
+        answer = self._take(lambda message: message.get("id") == number)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["result"]
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next event of this kind, which is then forgotten."""
-        found = self._wait_for(lambda message: message.get("event") == event)
-        with self._changed:
-            self._heard.remove(found)
-        return found
+        return self._take(lambda message: message.get("event") == event)
 
     def forget(self) -> None:
         """Forget the events so far."""
@@ -98,15 +95,17 @@ class Talker:
         with contextlib.suppress(BrokenPipeError):
             self._commands.close()
 
-    def _wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def _take(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         def found() -> list[dict[str, Any]]:
             return [message for message in self._heard if wanted(message)]
 
         with self._changed:
             self._changed.wait_for(lambda: found() or self._ended, TIMEOUT_SECONDS)
             messages = found()
-        if not messages:
-            raise RuntimeError("the process died" if self._ended else "the process says nothing")
+            if not messages:
+                died = "the process died" if self._ended else "the process says nothing"
+                raise RuntimeError(died)
+            self._heard.remove(messages[0])
         return messages[0]
 
     def _read(self) -> None:

@@ -33,6 +33,7 @@ from checkpoint_engine.errors import MALFORMED, ManifestError, UsageError
 __all__ = [
     "ALIGNMENT_BYTES",
     "CHUNK_BYTES",
+    "DIGEST_BYTES",
     "Chunk",
     "Manifest",
     "TensorMeta",

@@ -46,6 +46,7 @@ from checkpoint_engine.update.probe import Probe
 from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.shelf import Shelf
+from checkpoint_engine.update.streaming import Streams, check_modes
 from checkpoint_engine.update.versions import RankMeta, Version
 
 __all__ = ["ParameterServer", "request_inference_to_update"]
@@ -85,7 +86,8 @@ class ParameterServer:
         self._rendezvous = Rendezvous.of_environment(rank, world_size, master_addr, master_port)
         self._auto_pg, self._gpu_count = auto_pg, gpu_count
         self._store = Store(budget_bytes=_budget_bytes())
-        self._door = Door(self._store.segment)
+        self._streams = Streams()
+        self._door = Door(self._store.segment, self._streams.files)
         self._shelf = Shelf(self._store)
         self._lock = threading.Lock()
         self._registry: Registry | None = None
@@ -112,10 +114,12 @@ class ParameterServer:
         named_tensors: Mapping[str, Any] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = True,
+        mode: str = "auto",
     ) -> None:
         """Copy this rank's shard of a checkpoint into host memory, and digest it.
 
-        The files may go, and the tensors change, once this returns.
+        The files may go, and the tensors change, once this returns. Unless it is streamed: then
+        nothing is copied, files stay open, and nobody may write into them; they may be deleted.
 
         Args:
             checkpoint_name: what to call it; also its weight version unless `update` says else.
@@ -124,22 +128,23 @@ class ParameterServer:
             use_shared_memory_pool: keep the memory for the next such checkpoint, faulted in, and
                 let go of all but the last two by itself. For a trainer's loop.
             use_inplace_pin_memory: accepted for compatibility; without a GPU nothing is pinned.
+            mode: "staged" copies; "streamed" has engines read files while requests wait; "auto"
+                streams what does not fit in memory, if it is in files.
 
         Raises:
+            UsageError: there is no such mode, or tensors were to be streamed.
             SourceError: a file or tensor is not what it claims; nothing remains registered.
             StoreError: the name is taken, or memory does not suffice.
         """
         source = JoinedSource(files or (), named_tensors or {})
-        self.register_source(checkpoint_name, source, pooled=use_shared_memory_pool)
+        pooled = use_shared_memory_pool
+        self.register_source(checkpoint_name, source, pooled=pooled, mode=mode)
 
     def register_source(
-        self, checkpoint_name: str, source: Source, *, pooled: bool = False
+        self, checkpoint_name: str, source: Source, *, pooled: bool = False, mode: str = "auto"
     ) -> None:
-        """Register this rank's shard from any source, which is closed; else as above."""
-        try:
-            self._store.register(checkpoint_name, source, pooled=pooled)
-        finally:
-            source.close()
+        """Register this rank's shard from any source, which is taken over; else as above."""
+        self._streams.register(checkpoint_name, source, self._store, mode=mode, pooled=pooled)
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Forget a checkpoint. Its memory is returned once no update and no replica needs it.
@@ -151,8 +156,9 @@ class ParameterServer:
         Raises:
             StoreError: there is none of that name.
         """
-        self._shelf.forget(self._store[checkpoint_name].segment.name)
-        self._store.unregister(checkpoint_name, force=force)
+        if not self._streams.unregister(checkpoint_name):
+            self._shelf.forget(self._store[checkpoint_name].segment.name)
+            self._store.unregister(checkpoint_name, force=force)
         if self._name == checkpoint_name:
             self._version = self._name = None
 
@@ -183,21 +189,27 @@ class ParameterServer:
             ProtocolError, ManifestError: what a rank told is malformed or contradicts itself.
             DeadlineExceeded: a rank did not come.
         """
-        self._version = Version.of(self._gather(checkpoint_name, self._rendezvous))
+        metas = self._gather(checkpoint_name, self._rendezvous)
+        check_modes(metas)
+        self._version = Version.of(metas)
         self._name = checkpoint_name
         self._shelf.offer(checkpoint_name, self._version)
 
     def _gather(self, checkpoint_name: str | None, rendezvous: Rendezvous) -> list[RankMeta]:
         registered = checkpoint_name in self._store.labels
         shard = self._store[checkpoint_name] if checkpoint_name and registered else None
+        stream = self._streams.get(checkpoint_name)
+        known = shard or stream
         meta = RankMeta(
             rank=self.rank,
             host=_host(),
             address=self._door.address,
             device_uuid=device_uuid(index=self._device_index()),
             segment=shard.segment.name if shard else "",
-            manifest=shard.manifest if shard else Manifest.of(()),
+            manifest=known.manifest if known else Manifest.of(()),
             peer=self._shelf.peer,
+            files=stream.name if stream else "",
+            why=stream.why if stream else "",
         )
         encoded = rendezvous.gather("metas", msgspec.msgpack.encode(meta), 600.0)
         return [decode(one, RankMeta) for one in encoded]
@@ -355,20 +367,24 @@ class ParameterServer:
         self.load_metas(metas)
         sources, group = self._gathered().sources, self._group(range(self.world_size))
         result: Report | None = None
+        has_tried = False
         while time.monotonic() < deadline:
             found = group.ask(sources)
-            if result is not None and found.updating:
+            if has_tried and found.updating:
                 time.sleep(SETTLE_SECONDS)
                 continue
             if result is not None and (result.version, result.digest) == found.name:
                 return result
             self._version, self._name = Version.of(found.metas), found.label
-            left = timedelta(seconds=deadline - time.monotonic())
+            left, has_tried = timedelta(seconds=deadline - time.monotonic()), True
             try:
                 result = self.update(found.label, req_func, timeout=left, report=report)
             except UpdateFailed:
-                if group.ask(sources).name == found.name:
-                    raise  # else its memory was gone already: there is a newer version to read
+                now = group.ask(sources)
+                # Else its memory was gone already, or its update has these engines at the moment.
+                if now.name == found.name and not (found.updating or now.updating):
+                    raise
+                result = None
         raise DeadlineExceeded("the other server publishes faster than these engines can follow")
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
@@ -386,6 +402,7 @@ class ParameterServer:
         """
         self._door.close()
         self._shelf.close()
+        self._streams.close()
         self._store.close()
         for group in self._groups.values():
             group.close()

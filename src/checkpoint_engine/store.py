@@ -40,7 +40,7 @@ from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 from checkpoint_engine.plan.layout import lay_out
 from checkpoint_engine.sources.base import Source
 
-__all__ = ["Segment", "Shard", "Store"]
+__all__ = ["Segment", "Shard", "Store", "digest_in_place"]
 
 # Not in `fcntl` and `mmap` before Python 3.13; the values are the kernel's.
 F_ADD_SEALS = 1033
@@ -244,6 +244,25 @@ class Store:
             segment.acquire()
             return segment
 
+    def lack(self, num_bytes: int, *, pooled: bool) -> str:
+        """Why a version of so many bytes is better not staged here; "" if it may be.
+
+        A host that stages keeps two copies beside the engines: the new version, and the one to go
+        back to. Memory that is allocated already is one of them, or is used again.
+        """
+        with self._lock:
+            used = self.allocated_bytes
+            retiring = [self[label].segment for label in self._surplus(self._retain - 1)]
+            idle = self._idle_pool() + [s for s in retiring if s.num_leases == 1]
+        if pooled and any(segment.capacity_bytes >= num_bytes for segment in idle):
+            return ""
+        free, budget = _available_bytes(), self._budget_bytes
+        if budget is not None and num_bytes > budget - used:
+            return f"{_size(num_bytes)} do not fit in the {_size(budget - used)} left of the budget"
+        if num_bytes > free or 2 * num_bytes > free + used:
+            return f"{_size(num_bytes)} do not fit twice in {_size(free + used)} of memory"
+        return ""
+
     def unregister(self, label: str, *, force: bool = False) -> None:
         """Forget a version. Its memory is free once no update and no replica leases it.
 
@@ -270,9 +289,13 @@ class Store:
 
     def _retire(self, keep: int) -> None:
         with self._lock:
-            pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
-            for label in pooled[: max(0, len(pooled) - keep)]:
+            for label in self._surplus(keep):
                 self.unregister(label)
+
+    def _surplus(self, keep: int) -> list[str]:
+        """The oldest pooled versions, without the last `keep`."""
+        pooled = [label for label, shard in self._shards.items() if shard.segment.pooled]
+        return pooled[: max(0, len(pooled) - keep)]
 
     def _idle(self, segment: Segment) -> None:
         with self._lock:
@@ -323,8 +346,17 @@ class Store:
             )
 
 
-def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -> Manifest:
-    """Read every chunk into its place and digest it while it is in the cache."""
+def digest_in_place(source: Source) -> Manifest:
+    """Read a source once, to digest it, and keep nothing of it.
+
+    Raises:
+        SourceError: the source contradicts itself or cannot be read.
+    """
+    return _fill(lay_out(source.specs()), source, None)
+
+
+def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview | None) -> Manifest:
+    """Read every chunk into its place, if it has one, and digest it while it is in the cache."""
     pace = Pace.of_environment()
     starts = {tensor.offset: tensor for tensor in reversed(tensors) if tensor.length}
     digests: dict[int, list[bytes]] = {offset: [] for offset in starts}
@@ -334,8 +366,10 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview) -
         return [(chunk.tensor, digest_pieces(read_pieces(chunk))) for chunk in bucket.chunks]
 
     def read_pieces(chunk: Chunk) -> Iterator[memoryview]:
+        scratch = memoryview(bytearray(PIECE_BYTES if memory is None else 0))
         for start in range(chunk.offset, chunk.end, PIECE_BYTES):
-            piece = memory[start : min(start + PIECE_BYTES, chunk.end)]
+            end = min(start + PIECE_BYTES, chunk.end)
+            piece = scratch[: end - start] if memory is None else memory[start:end]
             pace.take(len(piece))
             source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
             yield piece
@@ -377,14 +411,22 @@ def _fault_in(memory: mmap.mmap) -> None:
             memory[start] = 0
 
 
-def _available_bytes() -> int:
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What this process may still allocate: the host's memory or its control group's."""
-    available = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
+    available = [_entry(Path("/proc/meminfo"), "MemAvailable:", sys.maxsize) * 1024]
     limit = group / "memory.max"
     if limit.exists() and (maximum := limit.read_text().strip()) != "max":
-        available.append(int(maximum) - int((group / "memory.current").read_text()))
-    return min(available, default=sys.maxsize)
+        used = int((group / "memory.current").read_text())
+        # Files that were read stay until somebody needs their memory.
+        available.append(int(maximum) - used + _entry(group / "memory.stat", "inactive_file", 0))
+    return min(available)
+
+
+def _entry(table: Path, name: str, default: int) -> int:
+    """The number beside a name."""
+    lines = (line.split() for line in table.read_text().splitlines())
+    return next((int(line[1]) for line in lines if line[0] == name), default)

@@ -41,8 +41,9 @@ def update_weights_from_ipc(
         zmq_handle: the handle that the parameter server gave for this worker's device.
         device_id: index of the worker's device, or "cpu".
         run: takes a list of (name, tensor). On "cpu" the tensors are private views of staged
-            memory, valid as long as somebody holds them. A method of a model is remembered with
-            the model: the next update can go back to what this one brought.
+            memory, valid as long as somebody holds them; those of a streamed version own their
+            memory, and come in several calls. A method of a model is remembered with the model:
+            the next update can go back to what this one brought.
         post_hook: called after the last `run`.
 
     Raises:

@@ -19,8 +19,14 @@ HASTY = (sys.executable, str(Path(__file__).with_name("hasty_replica.py")))
 
 
 @pytest.fixture(scope="session")
+def allowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder whose checkpoints the replicas may be updated from."""
+    return tmp_path_factory.mktemp("allowed")
+
+
+@pytest.fixture(scope="session")
 def replicas(
-    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    folders: tuple[Path, Path], allowed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Server, Server]]:
     """Processes of `ckpt-engine replica`: one that asks for a token, and one that does not."""
     state = tmp_path_factory.mktemp("state")
@@ -30,8 +36,9 @@ def replicas(
         closing(Servers(environment)) as unguarded,
         ThreadPoolExecutor() as pool,
     ):
-        first = pool.submit(guarded.start, folders[0], command=HASTY)
-        second = pool.submit(unguarded.start, folders[0])
+        options = ("--allow-path", str(allowed))
+        first = pool.submit(guarded.start, folders[0], *options, command=HASTY)
+        second = pool.submit(unguarded.start, folders[0], *options)
         yield first.result(), second.result()
 
 

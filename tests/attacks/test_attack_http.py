@@ -27,8 +27,15 @@ from checkpoint_engine import ParameterServer, UpdateFailed, engine_requests
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.transport import sockets
 
-CONTROL_ROUTES = ["/pause", "/resume", "/update_weights_from_ipc", "/collective_rpc"]
+CONTROL_ROUTES = [
+    "/pause",
+    "/resume",
+    "/update_weights_from_ipc",
+    "/collective_rpc",
+    "/update_weights_from_ckpt_engine",
+]
 WEIGHTS_ROUTES = CONTROL_ROUTES[2:]
+HANDLE_ROUTES = CONTROL_ROUTES[2:4]
 
 
 def credentials(text: str) -> dict[bytes, bytes]:
@@ -211,7 +218,7 @@ def impostor(answer: bytes) -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("server")
-@pytest.mark.parametrize("route", WEIGHTS_ROUTES)
+@pytest.mark.parametrize("route", HANDLE_ROUTES)
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -229,7 +236,7 @@ def test_a_handle_of_a_process_that_is_no_rank(
         assert message in response.json()["message"]
 
 
-@pytest.mark.parametrize("route", WEIGHTS_ROUTES)
+@pytest.mark.parametrize("route", HANDLE_ROUTES)
 @pytest.mark.parametrize(
     ("handle", "message"),
     [
@@ -267,7 +274,7 @@ def test_an_update_that_is_replayed(unguarded: Server, server: ParameterServer) 
     assert unguarded.info()["weight_version"] == "once"
     handle = server.get_metas()[0]["address"]
     with nothing_changes(unguarded):
-        for route in WEIGHTS_ROUTES:
+        for route in HANDLE_ROUTES:
             response = post(unguarded, route, json=update(handle, route))
             assert response.status_code == 400
             assert "no update is under way at this handle" in response.json()["message"]

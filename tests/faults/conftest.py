@@ -17,6 +17,14 @@ def one_thread_for_truth() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets, whose paths are short."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def start_toys() -> Iterator[Start]:
     """Starts toy replicas and trainers; a socket's path must be short."""
@@ -44,6 +52,22 @@ def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
     yield toys
     toys.close()
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_streaming(start_toys: Start) -> Iterator[Fleet]:
+    """Three replicas that read versions from files while requests wait, for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
+    toys = Fleet(start_toys, folder, num_replicas=3, streamed=True)
+    yield toys
+    toys.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def streaming(toy_streaming: Fleet) -> Fleet:
+    """Mended, whatever the test before has left."""
+    return mended(toy_streaming)
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from link import Link
 from toy import Truth, label, truth
 
 from children import Child, Talker, free_port, wait_until
+from link import Link
 
 SHORT_SECONDS = 0.5  # of an update in which a deadline is to pass
 TIMEOUT_SECONDS = 30.0  # of an update that nothing disturbs: a slow machine may take its time
@@ -102,9 +102,15 @@ class Fleet:
     """Replicas are called in turn by the ranks, of which each has the host that is named for it."""
 
     def __init__(
-        self, start: Start, folder: Path, *, num_replicas: int, hosts: Sequence[str] = ("a",)
+        self,
+        start: Start,
+        folder: Path,
+        *,
+        num_replicas: int,
+        hosts: Sequence[str] = ("a",),
+        streamed: bool = False,
     ) -> None:
-        self.start, self.folder, self.hosts = start, folder, hosts
+        self.start, self.folder, self.hosts, self.streamed = start, folder, hosts, streamed
         self.sockets, self.state = folder / "s", folder / "state"
         self.addresses = {f"replica {n}": str(folder / f"r{n}") for n in range(num_replicas)}
         self._last_seed = 0
@@ -124,21 +130,34 @@ class Fleet:
         return label(self._last_seed)
 
     @property
+    def num_offered(self) -> int:
+        """How many versions there are, besides what replicas start with."""
+        return self._last_seed
+
+    @property
     def offered(self) -> dict[str, Truth]:
         """Whatever a replica may truthfully serve, by its digest."""
         truths = [truth(seed) for seed in range(self._last_seed + 1)]
         return {one.digest: one for one in truths}
 
     def start_the_dead(self, **env: str) -> None:
-        """Start what was killed, and nothing else. Ranks know each other: they start together."""
-        for name, address in self.addresses.items():
-            known = self.replicas.get(name)
-            if known is None or not known.alive:
-                if known is not None:
-                    known.close()
-                Path(address).unlink(missing_ok=True)
-                self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
-                wait_until(Path(address).exists)
+        """Start what was killed, and nothing else."""
+        for name in self.addresses:
+            if name not in self.replicas or not self.replicas[name].alive:
+                self.start_replica(name)
+        self.start_dead_ranks(**env)
+
+    def start_replica(self, name: str) -> None:
+        """One that has died, or was never there, with the weights that replicas start with."""
+        known, address = self.replicas.get(name), self.addresses[name]
+        if known is not None:
+            known.close()
+        Path(address).unlink(missing_ok=True)
+        self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
+        wait_until(Path(address).exists)
+
+    def start_dead_ranks(self, **env: str) -> None:
+        """Ranks know each other: they start together."""
         if not self.ranks or not all(rank.alive for rank in self.ranks):
             for rank in self.ranks:
                 rank.kill()
@@ -149,10 +168,22 @@ class Fleet:
         env = {"CKPT_ENGINE_SOCKET_DIR": str(self.sockets), "CKPT_ENGINE_STATE_DIR": str(folder)}
         return self.start("trainer", env)
 
+    def make_joiner(self, folder: Path) -> Forked:
+        """A server on a host of its own, from which some replicas are joined to the trainer's."""
+        return self.start(
+            "trainer",
+            {
+                "CKPT_ENGINE_HOST": str(folder),
+                "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
+                "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
+            },
+        )
+
     def register(self) -> int:
         """A new version, on every rank; returns its seed."""
         self._last_seed += 1
-        self.all("register", seed=self._last_seed)
+        truth(self._last_seed)  # made before anybody can ask for it, and from another thread
+        self.all("register", seed=self._last_seed, streamed=self.streamed)
         return self._last_seed
 
     def begin(self, seed: int, *, timeout: float = TIMEOUT_SECONDS, **options: Any) -> list[int]:
@@ -335,15 +366,19 @@ class Fleet:
             f"{name} holds {held}"
             for name, held in replicas.items()
             # Its commands, its listener, and the lease of each map, which has a descriptor.
-            if held.num_sockets != 2 + held.num_maps or held.num_memories != held.num_maps
+            if held.num_sockets != 2 + held.num_maps
+            or held.num_memories != held.num_maps
+            or held.num_files > 2  # of the version that is served, and of the one before
         ]
         if len(self.ranks) == 1:
             held = Holdings(self.trainer.pid)
             num_leases = sum(replica.num_maps for replica in replicas.values())
-            # Its commands, its door, and the other end of each lease; two descriptors a segment.
-            if held.num_sockets != 2 + num_leases or held.num_memories != 2 * held.num_maps:
+            # Its commands, its door, the port where peers ask, that where they read if they ever
+            # did, and the other end of each lease; two descriptors a segment.
+            num_own = held.num_sockets - num_leases
+            if num_own not in (3, 4) or held.num_memories != 2 * held.num_maps:
                 found.append(f"the trainer holds {held} for {num_leases} leases")
-            if held.num_maps > MOST_SEGMENTS:
+            if held.num_maps > MOST_SEGMENTS or held.num_files > 1:
                 found.append(f"the trainer holds {held}")
         return found
 
@@ -390,7 +425,9 @@ class Holdings:
         maps = Path(f"/proc/{pid}/maps").read_text()
         self.num_sockets = len({link for link in links if link.startswith("socket:")})
         self.num_memories = len([link for link in links if "memfd:ckpt-engine" in link])
+        self.num_files = len([link for link in links if ".safetensors" in link])
         self.num_maps = len(set(re.findall(r" (\d+) +/memfd:ckpt-engine", maps)))
 
     def __repr__(self) -> str:
-        return f"{self.num_sockets} sockets, {self.num_memories} memfds, {self.num_maps} maps"
+        memory = f"{self.num_memories} memfds, {self.num_maps} maps"
+        return f"{self.num_sockets} sockets, {self.num_files} files, {memory}"

@@ -26,6 +26,8 @@ from children import say
 
 WIDTH = 512
 HANG_SECONDS = 1.0
+HOLD_SECONDS = 20.0
+RELEASED = threading.Event()  # whoever holds an update up
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class Faults:
 
     def arm(self, point: str, what: str) -> None:
         assert what in DEEDS, f"no such fault: {what}"
+        RELEASED.clear()
         self._armed[point] = what
 
     def disarm(self) -> None:
         self._armed.clear()
+        RELEASED.set()
 
     def strike(self, point: str) -> None:
         """Called wherever something may go wrong."""
@@ -138,9 +142,11 @@ def _cut() -> None:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-DEEDS: dict[str, Callable[[], None]] = {
+DEEDS: dict[str, Callable[[], object]] = {
     "kill": _signal(signal.SIGKILL),
     "stop": _signal(signal.SIGSTOP),
+    "tell": lambda: None,  # and nothing else
+    "hold": lambda: RELEASED.wait(HOLD_SECONDS),  # until it is disarmed
     "hang": lambda: time.sleep(HANG_SECONDS),
     "raise": _raise,
     "refuse": _refuse,
@@ -157,8 +163,9 @@ DEEDS: dict[str, Callable[[], None]] = {
 @contextmanager
 def listening(path: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{path}.new")
         listener.listen()
+        os.rename(f"{path}.new", path)  # whoever sees it can connect
         yield listener
 
 

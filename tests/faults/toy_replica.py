@@ -195,10 +195,10 @@ class Replica:
 
             return digest_pieces(counted())
 
-        def writing(plan: Any, pool: Any) -> Any:
+        def writing(plan: Any, pool: Any, **options: Any) -> Any:
             nonlocal num_pieces
             num_pieces = 0
-            return write(plan, pool, digest)
+            return write(plan, pool, digest, **options)
 
         transformers.write = writing
         self._faults.after_message(Channel, {"Applied": "waiting"})

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import msgspec
+from safetensors.torch import save_file
 from toy import Faults, ask, label, lift, make_model
 
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.registry import Registry, state_dir
+from checkpoint_engine.transport import peers, zeromq
 from checkpoint_engine.transport.channel import Channel
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.update import conductor
+from checkpoint_engine.update.protocol import Report
 from children import serve
 
 CALL_SECONDS = 30.0
 GRACE_SECONDS = 10.0
+LEASE_SECONDS = 2.0
+RENEW_SECONDS = 0.5
 
 Handles = Any
 
@@ -32,6 +38,7 @@ class Trainer:
         self._faults = Faults()
         self._make_fragile()
         self._server = ParameterServer()
+        self._streamed: str | None = None
 
     def arm(self, point: str, what: str) -> None:
         self._faults.arm(point, what)
@@ -40,14 +47,29 @@ class Trainer:
         self._faults.disarm()
         lift(resource.RLIMIT_FSIZE)
 
-    def register(self, seed: int) -> None:
-        """This rank's share of a version; the memory of those before is used again."""
+    def register(self, seed: int, streamed: bool = False) -> None:
+        """This rank's share of a version; the memory of those before is used again.
+
+        One that is streamed has its file open and deleted, and takes the place of the last.
+        """
         tensors = list(make_model(seed).state_dict().items())
         share = dict(tensors[self._server.rank :: self._server.world_size])
-        self._server.register_checkpoint(
-            label(seed), named_tensors=share, use_shared_memory_pool=True
-        )
+        if streamed:
+            self._register_file(seed, share)
+        else:
+            self._server.register_checkpoint(
+                label(seed), named_tensors=share, use_shared_memory_pool=True
+            )
         self._server.gather_metas(label(seed))
+
+    def _register_file(self, seed: int, tensors: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/{label(seed)}.safetensors"
+            save_file(tensors, path)
+            self._server.register_checkpoint(label(seed), files=[path], mode="streamed")
+        if self._streamed is not None:
+            self._server.unregister_checkpoint(self._streamed)
+        self._streamed = label(seed)
 
     def flip(self, seed: int) -> None:
         """Bad memory: one bit of what was registered."""
@@ -60,16 +82,28 @@ class Trainer:
         self, seed: int, replicas: list[str], timeout: float, **options: Any
     ) -> dict[str, Any]:
         """Make these replicas take a version; returns the report, and the error if any."""
-        try:
-            report = self._server.update(
-                label(seed),
-                [_request(path) for path in replicas],
-                timeout=timedelta(seconds=timeout),
-                **options,
-            )
-        except UpdateFailed as failure:
-            return {"error": str(failure), **msgspec.to_builtins(failure.report)}
-        return {"error": None, **msgspec.to_builtins(report)}
+        requests = [_request(path) for path in replicas]
+        limit = timedelta(seconds=timeout)
+        return _outcome(
+            lambda: self._server.update(label(seed), requests, timeout=limit, **options)
+        )
+
+    def metas(self) -> dict[int, Any]:
+        """By which others join what this server has published."""
+        return self._server.get_metas()
+
+    def join(
+        self, metas: dict[str, Any], replicas: list[str], timeout: float = CALL_SECONDS
+    ) -> dict[str, Any]:
+        """Bring replicas to what another server has published; returns what `update` does."""
+        requests = [_request(path) for path in replicas]
+        limit = timedelta(seconds=timeout)
+        return _outcome(lambda: self._server.join(metas, requests, timeout=limit))
+
+    def num_readers(self) -> int:
+        """Who has a lease of this rank's memory."""
+        control = self._server._shelf._server
+        return len(control._holders) if control else 0
 
     def settle(self) -> list[tuple[str, str]]:
         """What became of the updates that a coordinator before this one did not finish."""
@@ -96,7 +130,10 @@ class Trainer:
         Registry.start = after(Registry.start, lambda: faults.strike("started"))
         Registry.publish = before(Registry.publish, lambda: faults.strike("deciding"))
         Registry.publish = after(Registry.publish, lambda: faults.strike("decided"))
+        Registry.finish = after(Registry.finish, lambda: faults.strike("finished"))
         Collective.broadcast = before(Collective.broadcast, lambda: faults.strike("moving"))
+        zeromq._receive = after(zeromq._receive, lambda: faults.strike("reading"))
+        peers.LEASE_SECONDS, peers.RENEW_SECONDS = LEASE_SECONDS, RENEW_SECONDS
         points = {"Proceedapply": "applying", "Proceedpublish": "telling"}
         faults.after_message(Channel, points)
 
@@ -116,6 +153,14 @@ def after(function: Callable[..., Any], strike: Callable[[], None]) -> Any:
         return result
 
     return struck
+
+
+def _outcome(bring: Callable[[], Report]) -> dict[str, Any]:
+    try:
+        report = bring()
+    except UpdateFailed as failure:
+        return {"error": str(failure), **msgspec.to_builtins(failure.report)}
+    return {"error": None, **msgspec.to_builtins(report)}
 
 
 def _request(path: str) -> Callable[[Handles], None]:

@@ -21,9 +21,11 @@ from checkpoint_engine.errors import ManifestError, UsageError
 from checkpoint_engine.replica.api import (
     CollectiveRpcRequest,
     CompletionRequest,
+    UpdateFromPathRequest,
     UpdateWeightsRequest,
     decode,
 )
+from checkpoint_engine.replica.disk import CheckpointFolders
 
 HANDLES = {"GPU-0": "ipc:///x"}
 BODIES: dict[type[Any], list[Any]] = {
@@ -33,6 +35,10 @@ BODIES: dict[type[Any], list[Any]] = {
         {"prompt": ["a", [1, 2]], "model": "m", "stop": "x"},
     ],
     UpdateWeightsRequest: [{"zmq_handles": HANDLES, "flush_cache": True, "weight_version": "v"}],
+    UpdateFromPathRequest: [
+        {"model_path": "/proc/self/task/../task/x", "weight_version": "v"},
+        {"model_path": "/proc/self/task/..", "load_format": "ckpt_engine", "flush_cache": False},
+    ],
     CollectiveRpcRequest: [
         {"method": "update_weights_from_ipc", "args": [HANDLES], "kwargs": {}, "timeout": 3.0}
     ],
@@ -58,6 +64,10 @@ def test_http_bodies(kind: type[Any], case: st.DataObject) -> None:
             requests = body.generation_requests(prompts)
             assert 1 <= len(requests) <= 128
             assert all(math.isfinite(request.temperature) for request in requests)
+        elif isinstance(body, UpdateFromPathRequest):
+            folder = Path("/proc/self/task")
+            found = CheckpointFolders([folder]).resolve(body.model_path)
+            assert found.is_relative_to(folder.resolve())
         else:
             assert all(type(text) is str for pair in body.zmq_handles.items() for text in pair)
     except UsageError as error:
@@ -111,4 +121,4 @@ def test_metas(told: tuple[ParameterServer, Any], case: st.DataObject) -> None:
     else:
         taken = server.get_metas()[0]
         assert taken["manifest"]["digest"] == before[0]["manifest"]["digest"]
-        assert taken["address"] == before[0]["address"]
+        assert taken["address"] == lying["0"]["address"], "perhaps another server's"

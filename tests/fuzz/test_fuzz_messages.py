@@ -23,8 +23,10 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.sources.files import OpenFile
 from checkpoint_engine.timeline import Span
 from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.files import FilesAt, Handed, NoFiles, Open
 from checkpoint_engine.transport.handover import Held, Hold, LetGo, Part, Refused
 from checkpoint_engine.update import protocol
 from checkpoint_engine.update.versions import RankMeta
@@ -49,6 +51,7 @@ FROM_SESSION = [
     protocol.Withdrawn(error=ERROR, torn=True),
     Hold("segment"),
     LetGo(),
+    Open("files"),
 ]
 FROM_RANK = [
     protocol.Offer(
@@ -56,6 +59,7 @@ FROM_RANK = [
         manifest=MANIFEST.to_msgpack(),
         parts=(Part(address="ipc:///x", segment="s", start=0, offset=0, length=300),),
         deadlines=protocol.Deadlines.of(60, 300),
+        files=(FilesAt(address="ipc:///x", name="f"),),
     ),
     protocol.Proceed(step="apply"),
     protocol.Stop(reason="r", quarantine=True),
@@ -71,6 +75,7 @@ DECISIONS = [
     protocol.Decision(step="apply", proceed=("0.0",), quarantine=("0.1",)),
     protocol.Decision(step="end", report=REPORT),
 ]
+FILE = OpenFile(path="/p", num_bytes=300, modified_ns=1, positions={"a": 0, "b": 300})
 META = RankMeta(
     rank=0, host="h", address="ipc:///x", device_uuid="GPU-0", segment="s", manifest=MANIFEST
 )
@@ -126,7 +131,7 @@ FRAMES = [
     envelope("", 0, 0, plain([HELLO])[0]),
     envelope("u", 1, 0, plain([READY])[0]),
 ]
-TO_RANK = protocol.FromSession | Hold | LetGo
+TO_RANK = protocol.FromSession | Hold | LetGo | Open
 
 
 @fuzzed(st.tuples(mutated(FRAMES) | st.binary(max_size=64), st.integers(0, 6)))
@@ -140,8 +145,9 @@ def test_frames(case: tuple[bytes, int]) -> None:
         (TO_RANK, FROM_SESSION),
         (protocol.FromRank, FROM_RANK),
         (Held | Refused, [Held(True), Refused("no")]),
+        (Handed | NoFiles, [Handed(file=FILE, num_left=1), NoFiles()]),
     ],
-    ids=["from a session", "from a rank", "from an owner"],
+    ids=["from a session", "from a rank", "from an owner", "with files"],
 )
 @fuzzed(st.data())
 def test_bodies(kinds: Any, valid: list[Any], case: st.DataObject) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,12 +18,14 @@ from ps_tools import DEVICE, Handles, digests, large_version, version
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.sources import SafetensorsSource, Share, safetensors_files
+from checkpoint_engine.startup import CkptEngineConnector
 from checkpoint_engine.transport.peer import Range, Way
 from checkpoint_engine.transport.rendezvous import Log
 from checkpoint_engine.transport.zeromq import ZeroMqReader
 from checkpoint_engine.update import conductor
 from checkpoint_engine.worker import update_weights_from_ipc
-from children import say, serve
+from children import commands, say, serve
 
 
 class Model:
@@ -65,6 +68,16 @@ class Rank:
         self.server.register_checkpoint(name, named_tensors=weights(seed))
         self.server.gather_metas(name)
 
+    def register_files(
+        self, name: str, files: list[str], mode: str, share: tuple[int, int] | None = None
+    ) -> None:
+        """All tensors of some files, or this rank's share of them."""
+        assert self.server is not None
+        source = SafetensorsSource(files)
+        part = Share(source, *share) if share else source
+        self.server.register_source(name, part, mode=mode)
+        self.server.gather_metas(name)
+
     def register_large(
         self,
         name: str,
@@ -77,6 +90,37 @@ class Rank:
         tensors = large_version(seed, num_tensors)
         self._register(name, tensors, share, pooled)
         return digests(tensors)
+
+    def register_share(self, name: str, folder: str, halting: bool = False) -> int:
+        """This rank's part of a checkpoint on disk; returns how much the process has read.
+
+        If it is halting it waits, in the middle of reading, for "go".
+        """
+        assert self.server is not None
+        source = SafetensorsSource(safetensors_files(folder))
+        first, read_into = threading.Lock(), source.read_into
+
+        def halting_read(name: str, start: int, out: memoryview) -> None:
+            if first.acquire(blocking=False):
+                say(event="reading")
+                go = commands()
+                assert go is None or go["do"] == "go"
+            read_into(name, start, out)
+
+        if halting:
+            source.read_into = halting_read  # type: ignore[method-assign]
+        before = num_bytes_read()
+        self.server.register_source(name, Share(source, self.server.rank, self.server.world_size))
+        return num_bytes_read() - before
+
+    def gather(self, name: str) -> None:
+        assert self.server is not None
+        self.server.gather_metas(name)
+
+    def connect(self, url: str) -> None:
+        """Get first weights as the worker of an engine does."""
+        with CkptEngineConnector(url, timeout_seconds=30.0) as connector:
+            connector.update_weights_from_ipc(self.model.load_weights)
 
     def metas(self) -> dict[int, Any]:
         assert self.server is not None
@@ -217,6 +261,11 @@ class Rank:
         except UpdateFailed as failure:
             return {"error": str(failure), **msgspec.to_builtins(failure.report)}
         return {"error": None, **msgspec.to_builtins(report)}
+
+
+def num_bytes_read() -> int:
+    """By this process, from whatever it was."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ PROMPT = [3, 1, 4, 1, 5]
 NUM_TOKENS = 12
 
 
-def make_model(seed: int) -> Qwen3ForCausalLM:
+def make_model(seed: int, vocab_size: int = 64) -> Qwen3ForCausalLM:
     """Weights large enough for greedy text that differs from seed to seed."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=64,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -61,8 +61,8 @@ def greedy(seed: int) -> list[int]:
     return output[0, len(PROMPT) :].tolist()
 
 
-def save_model(folder: Path, seed: int) -> None:
-    make_model(seed).save_pretrained(folder)
+def save_model(folder: Path, seed: int, vocab_size: int = 64) -> None:
+    make_model(seed, vocab_size).save_pretrained(folder)
     vocabulary = {f"t{number}": number for number in range(64)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
@@ -96,6 +96,10 @@ class ReplicaProcess:
             assert line, "the replica died"
             self._url = line.split()[-1]
         return self._url
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def alive(self) -> bool:

@@ -58,6 +58,7 @@ ANY = object()
                 "named_tensors": None,
                 "use_shared_memory_pool": False,
                 "use_inplace_pin_memory": True,
+                "mode": "auto",
             },
         ),
         ("unregister_checkpoint", {"checkpoint_name": REQUIRED, "force": False}, {}),

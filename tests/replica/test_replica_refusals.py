@@ -15,7 +15,8 @@ from checkpoint_engine.replica.engine import Engine
 from checkpoint_engine.replica.server import check_binding, create_app
 
 TOKEN = "sécret"
-CONTROL_ROUTES = ["/pause", "/resume", "/update_weights_from_ipc", "/collective_rpc"]
+FROM_PATH = "/update_weights_from_ckpt_engine"
+CONTROL_ROUTES = ["/pause", "/resume", "/update_weights_from_ipc", FROM_PATH, "/collective_rpc"]
 
 
 # What cannot be done
@@ -101,7 +102,7 @@ def test_a_malformed_request_is_refused_in_one_line(http: httpx.Client) -> None:
 
 
 def test_a_body_that_is_no_request_is_refused(http: httpx.Client) -> None:
-    for route in ("/v1/completions", "/update_weights_from_ipc", "/collective_rpc"):
+    for route in ("/v1/completions", "/update_weights_from_ipc", FROM_PATH, "/collective_rpc"):
         for content in (b"", b"{", b"[]", b'{"max_tokens": 3}', b'"\xff"'):
             response = http.post(route, content=content)
             assert response.status_code == 400, (route, content)
@@ -119,6 +120,9 @@ MALFORMED_UPDATES: list[tuple[str, dict[str, Any], str]] = [
     ("/update_weights_from_ipc", {"zmq_handles": {"GPU-0": "ipc:///x"}}, "GPU-test"),
     ("/update_weights_from_ipc", {"zmq_handles": {"GPU-test": 1}}, "zmq_handles"),
     ("/update_weights_from_ipc", {**UPDATE, "force": True}, "force"),
+    (FROM_PATH, {"model_path": ""}, "model_path"),
+    (FROM_PATH, {"model_path": "/m", "load_format": "pt"}, "'pt'"),
+    (FROM_PATH, {"model_path": "/m", "abort_all_requests": True}, "abort_all_requests"),
     ("/collective_rpc", {"method": "exec", "args": []}, "'exec'"),
     ("/collective_rpc", {"method": "update_weights_from_ipc"}, "args"),
     ("/collective_rpc", {"method": "update_weights_from_ipc", "args": ["x"]}, "args"),
@@ -173,9 +177,12 @@ def bearer(token: str, scheme: str = "Bearer") -> dict[bytes, bytes]:
 def test_the_token_opens_them_and_the_rest_is_open(guarded: httpx.Client) -> None:
     rpc = {"method": "update_weights_from_ipc", "args": [UPDATE["zmq_handles"]]}
     bodies = {"/update_weights_from_ipc": UPDATE, "/collective_rpc": rpc}
-    for route in CONTROL_ROUTES:
+    for route in set(CONTROL_ROUTES) - {FROM_PATH}:
         response = guarded.post(route, json=bodies.get(route), headers=bearer(TOKEN))
         assert response.status_code == 200, response.text
+    response = guarded.post(FROM_PATH, json={"model_path": "/"}, headers=bearer(TOKEN))
+    assert response.status_code == 403, "not for want of a token, but of a folder"
+    assert "this replica loads from no folder; start it with --allow-path" in response.text
     for route in ("/health", "/weight_info", "/v1/models"):
         assert guarded.get(route).status_code == 200
     complete(guarded)

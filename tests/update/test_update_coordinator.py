@@ -701,3 +701,8 @@ def test_no_pause_is_longer_than_the_bytes_excuse(
     assert deadlines == Deadlines(
         ready_seconds=timeout_seconds, pause_seconds=pause_seconds, return_seconds=return_seconds
     )
+
+
+@pytest.mark.parametrize(("mode", "seconds"), [("staged", 30), ("streamed", 110), ("kept", 110)])
+def test_a_pause_may_last_longer_where_files_are_read_in_it(mode: str, seconds: float) -> None:
+    assert Deadlines.of(600, 10**10, mode=mode).pause_seconds == seconds

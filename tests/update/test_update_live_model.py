@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toy_adapter import Memory, source_of
+from toy_adapter import Memory, content_of
 from update_models import LARGE, Odd, bytes_of, flip, fresh
 
 from checkpoint_engine.adapters.live import LiveModel, check_written, write
@@ -30,7 +30,7 @@ def bring(model: nn.Module, tensors: dict[str, torch.Tensor], pool: Executor) ->
     """Bind, write, check; returns the digest of the live parameters."""
     live = LiveModel(model)
     shard = Memory().register("new", tensors)
-    copies = live.bind(shard.manifest, source_of(shard))
+    copies = live.bind(content_of(shard))
     written = write(copies, pool)
     check_written(copies, written)
     assert live.digest_of(written, live.names) == live.digest(), "what is live was not digested"
@@ -73,7 +73,7 @@ def test_a_tied_tensor_may_come_under_any_of_its_names(left_out: str, pool: Exec
 def test_tied_parameters_are_written_once() -> None:
     model = Odd(seed=1)
     shard = Memory().register("new", fresh(seed=2))
-    copies = LiveModel(model).bind(shard.manifest, source_of(shard))
+    copies = LiveModel(model).bind(content_of(shard))
     targets = [copy.target.data_ptr() for copy in copies.copies if copy.target.numel()]
     assert len(set(targets)) == len(targets)
     assert len(LiveModel(model).snapshot().copies) == len(copies.copies)
@@ -84,7 +84,7 @@ def test_tied_names_with_different_content_are_refused() -> None:
     tensors["head"] = tensors["embedding"] + 1
     shard = Memory().register("new", tensors)
     with pytest.raises(AdapterError, match="'head' and 'embedding' are one tensor"):
-        LiveModel(Odd(seed=1)).bind(shard.manifest, source_of(shard))
+        LiveModel(Odd(seed=1)).bind(content_of(shard))
 
 
 def test_names_that_only_differ_in_the_checkpoint_need_not_be_tied_there(pool: Executor) -> None:
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     tensors = {name: tensor for name, tensor in merged.items() if tensor is not None}
     shard = Memory().register("new", tensors)
     with pytest.raises(AdapterError, match=message):
-        LiveModel(model).bind(shard.manifest, source_of(shard))
+        LiveModel(model).bind(content_of(shard))
     assert bytes_of(model) == before
 
 
@@ -190,9 +190,9 @@ def test_what_does_not_land_as_it_was_sent_is_caught_by_name(
 ) -> None:
     model = Odd(seed=1, dtype=dtype)
     shard = Memory().register("new", fresh(seed=2))
-    copies = LiveModel(model).bind(shard.manifest, source_of(shard))
+    copies = LiveModel(model).bind(content_of(shard))
     check_written(copies, write(copies, pool))
-    copies = LiveModel(model).bind(shard.manifest, source_of(shard))
+    copies = LiveModel(model).bind(content_of(shard))
     (meta,) = (meta for meta in shard.manifest.tensors if meta.name == name)
     shard.memory[meta.end - 1] ^= 1
     with pytest.raises(VerificationError, match=f"'{name}' is live with other bytes"):
@@ -227,9 +227,9 @@ def test_a_snapshot_leads_back_byte_for_byte(pool: Executor) -> None:
 def test_a_snapshot_is_not_changed_by_what_follows(pool: Executor) -> None:
     model = Odd(seed=1)
     snapshot = LiveModel(model).snapshot()
-    copies = {copy.name: copy.source.clone() for copy in snapshot.copies}
+    copies = {copy.name: copy.whole().clone() for copy in snapshot.copies}
     bring(model, fresh(seed=2), pool)
-    assert all(torch.equal(copy.source, copies[copy.name]) for copy in snapshot.copies)
+    assert all(torch.equal(copy.whole(), copies[copy.name]) for copy in snapshot.copies)
 
 
 # Step by step, while requests go on

@@ -217,6 +217,36 @@ def test_a_session_that_is_in_doubt_when_its_rank_closes_returns_to_its_base(ran
 # Who comes at the wrong time
 
 
+def test_a_stop_while_a_session_is_being_offered_comes_after_the_offer(rank: Rank) -> None:
+    """A session that is told to stop before it was offered anything would look lost."""
+    posted, stopped = threading.Event(), threading.Event()
+
+    def post(event: Event) -> None:
+        rank.events.put(event)
+        if isinstance(event, Joined):
+            posted.set()
+            assert stopped.wait(WAIT_SECONDS)
+
+    rank.sessions = Sessions(3, rank.offer, post)
+    rank.door.attend(rank.sessions)
+    worker = Worker(rank)
+    assert posted.wait(WAIT_SECONDS)
+    rank.decide("stop")
+    stopped.set()
+    rank.next(Joined)
+    rank.next_vote(Ready)
+    rank.next_vote(Withdrawn)
+    assert worker.outcome.state == "kept"
+
+
+def test_a_hello_to_an_update_that_has_just_ended_is_told_so(rank: Rank) -> None:
+    """The door has let it in, and nobody would decide for it."""
+    rank.sessions.close()
+    with pytest.raises(UpdateRefused, match="no update is under way"):
+        _ = Worker(rank).outcome
+    assert rank.events.empty()
+
+
 def test_a_hello_to_no_update_is_told_so(rank: Rank) -> None:
     rank.door.attend(None)
     with pytest.raises(UpdateRefused, match="no update is under way"):

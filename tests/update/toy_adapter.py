@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from checkpoint_engine.adapters.base import Identity, Served
 from checkpoint_engine.adapters.staged import Staged
 from checkpoint_engine.errors import AdapterError, PeerLost
-from checkpoint_engine.manifest import Manifest, TensorMeta, Version
+from checkpoint_engine.manifest import Manifest, Version
 from checkpoint_engine.sources import TensorSource
 from checkpoint_engine.store import Shard, Store
 from checkpoint_engine.transport.handover import Part
@@ -62,11 +62,11 @@ class _Attachment:
     memory: memoryview
 
 
-def source_of(shard: Shard) -> Callable[[TensorMeta], torch.Tensor]:
-    """The tensors of a shard, as `LiveModel.bind` takes them."""
+def content_of(shard: Shard) -> Staged:
+    """The bytes of a shard, as `LiveModel.bind` takes them."""
     staged = Staged(shard.manifest, [], None)  # type: ignore[arg-type]
     staged.memory = lambda start, end: shard.memory[start:end]  # type: ignore[method-assign]
-    return staged.tensor
+    return staged
 
 
 @dataclass

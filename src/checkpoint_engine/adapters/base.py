@@ -9,14 +9,16 @@ Every step may raise; the session turns that into a "no", with the traceback. On
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Protocol
 
 import msgspec
+import torch
 
-from checkpoint_engine.adapters.staged import Staged
-from checkpoint_engine.manifest import Version
+from checkpoint_engine.manifest import Manifest, TensorMeta, Version
 
-__all__ = ["Adapter", "Identity", "Served"]
+__all__ = ["Adapter", "Content", "Identity", "Served"]
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,46 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     served_digest: str | None
 
 
+class Content(Protocol):
+    """The bytes of one version, wherever they lie: `staged.Staged`, `streamed.Streamed`.
+
+    Attributes:
+        manifest: its tensors, validated.
+        way_back: how an engine returns to it: "staged" from memory, "source" from files.
+    """
+
+    manifest: Manifest
+    way_back: str
+
+    def verify(self, pool: Executor) -> None:
+        """While serving: raise unless the bytes are those of the manifest, or are to be had."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether it can still be read, as far as can be seen without reading it."""
+        ...
+
+    def tensor(self, meta: TensorMeta) -> torch.Tensor:
+        """One whole tensor: a view of memory, or read into memory of its own, and checked."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every name with its tensor, one after the other."""
+        ...
+
+    def chunk(self, meta: TensorMeta, start: int, end: int) -> Callable[[], memoryview]:
+        """Gives one digest chunk, checked; valid until its thread asks for another."""
+        ...
+
+    def discard_writes(self) -> None:
+        """Forget what was written into its tensors."""
+        ...
+
+    def release(self) -> None:
+        """It is no longer needed."""
+        ...
+
+
 class Adapter(Protocol):
     """One worker of one engine. Its methods are called by one session at a time.
 
@@ -58,14 +100,14 @@ class Adapter(Protocol):
         """Digest of the version being served, None if the engine does not know."""
         ...
 
-    def recall(self, digest: str) -> Staged | None:
-        """The version of this digest, if it was served before and its memory is still kept here."""
+    def recall(self, digest: str) -> Content | None:
+        """The version of this digest, if it was served before and is still kept here."""
         ...
 
-    def prepare(self, staged: Staged, version: Version) -> str:
+    def prepare(self, content: Content, version: Version) -> str:
         """While serving: verify, check that everything fits, and secure the way back.
 
-        Returns "staged", "snapshot" or "none": how `roll_back` would work. Owns `staged` from
+        Returns "staged", "snapshot", "source" or "none": how `roll_back` works. Owns `content` from
         here on, even when it raises: releases it in `abort` or `roll_back` unless it was recalled,
         or keeps it as the next way back.
         """

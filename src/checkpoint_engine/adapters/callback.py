@@ -3,11 +3,15 @@
 The engine has paused by itself when it calls us, and resumes when we return. `run` takes the new
 weights, `post_hook` post-processes them. The live parameters cannot be seen from here, so bytes are
 verified where they are staged, and the way back is the version that this loader was given last:
-staged memory that is kept for it. Before a first update there is none.
+staged memory that is kept for it, or its open files. Before a first update there is none.
+
+A streamed version is read, checked and loaded in groups of whole tensors: memory for one group, or
+for the largest tensor, is needed on top.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.adapters.base import Identity, Served
-from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.adapters.base import Content, Identity, Served
+from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.memory import byte_workers
@@ -26,14 +30,15 @@ __all__ = ["CallbackAdapter", "Kept", "Run"]
 Run = Callable[[list[tuple[str, torch.Tensor]]], object]
 
 GROUP_BYTES = 512 << 20
+STREAMED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Kept:
     """What is remembered of a loader from one update to the next."""
 
-    served: Staged | None = None
-    previous: Staged | None = None
+    served: Content | None = None
+    previous: Content | None = None
     epoch: int = 0
     undecided: str | None = None
 
@@ -59,7 +64,8 @@ class CallbackAdapter:
         self.epoch, self.undecided = kept.epoch, kept.undecided
         self._run, self._post_hook, self._device = run, post_hook, device
         self._served, self._previous = kept.served, kept.previous
-        self._incoming: Staged | None = None
+        self._incoming: Content | None = None
+        self._loaded = False  # whether the loader has been called
 
     def keep(self) -> Kept:
         """What the next update's adapter needs to know."""
@@ -69,19 +75,21 @@ class CallbackAdapter:
         """Digest of what this loader was given last."""
         return self._served.manifest.digest if self._served else None
 
-    def recall(self, digest: str) -> Staged | None:
+    def recall(self, digest: str) -> Content | None:
         """What the loader was given before the last, as it was staged."""
         if self._previous is None or self._previous.manifest.digest != digest:
             return None
         self._previous.discard_writes()
         return self._previous
 
-    def prepare(self, staged: Staged, version: Version) -> str:
+    def prepare(self, content: Content, version: Version) -> str:
         """Verify the staged bytes; names and shapes are the loader's to check."""
-        self._incoming = staged
+        self._incoming = content
         with byte_workers(idle=True) as pool:
-            staged.verify(pool)
-        return "staged" if self._served else "none"
+            content.verify(pool)
+        if self._served is None or not self._served.is_there():
+            return "none"
+        return self._served.way_back
 
     def abort(self) -> None:
         """Release the staged version."""
@@ -111,11 +119,15 @@ class CallbackAdapter:
     def roll_back(self) -> None:
         """Load the version before again, as it was staged, whatever the loader has written into it.
 
+        There is nothing to do if the first bytes of a streamed version were found wrong.
+
         Raises:
             AdapterError: there is none, or the loader fails on it too.
-            VerificationError: its bytes are not what they were: bad memory.
+            VerificationError, SourceError: its bytes are not what they were.
         """
         self.abort()
+        if not self._loaded:
+            return
         if self._served is None:
             raise AdapterError(
                 "the loader failed and there is no version to go back to: restart the engine, or "
@@ -137,18 +149,26 @@ class CallbackAdapter:
         self.abort()
         self._served = None
 
-    def _load(self, staged: Staged) -> None:
+    def _load(self, content: Content) -> None:
         group: list[tuple[str, torch.Tensor]] = []
-        group_bytes = 0
-        for name, tensor in staged.tensors():
-            if group_bytes + tensor.nbytes > GROUP_BYTES and self._device.type != "cpu":
+        group_bytes, most_bytes = 0, self._most_bytes(content)
+        for meta in content.manifest.tensors:
+            if group and group_bytes + meta.length > most_bytes:
+                self._loaded = True
                 self._run(group)
                 group, group_bytes = [], 0
-            group.append((name, tensor.to(self._device)))
-            group_bytes += tensor.nbytes
+            group.append((meta.name, content.tensor(meta).to(self._device)))
+            group_bytes += meta.length
+        self._loaded = True
         self._run(group)
         if self._post_hook is not None:
             self._post_hook()
+
+    def _most_bytes(self, content: Content) -> float:
+        """Of one call of the loader; views of staged memory cost nothing."""
+        if isinstance(content, Streamed):
+            return STREAMED_BYTES
+        return math.inf if self._device.type == "cpu" else GROUP_BYTES
 
 
 def _identity() -> Identity:

@@ -6,14 +6,17 @@ digested from the live parameter right after it was written, while it is in the 
 costs a fraction of a second pass. Everything that is not a copy or a digest is done beforehand.
 
     live = LiveModel(model)
-    plan = live.bind(manifest, staged.tensor)        # refuses what does not fit
+    plan = live.bind(staged)                         # refuses what does not fit
     written = write(plan, pool)                      # digests of what is now live
     names = live.differing(written.__getitem__)      # later: is it still?
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -22,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from checkpoint_engine.adapters.base import Content
 from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digests, digest_pieces
-from checkpoint_engine.dtypes import dtype_name, torch_shape
-from checkpoint_engine.errors import AdapterError, VerificationError
+from checkpoint_engine.dtypes import dtype_name, torch_dtype, torch_shape
+from checkpoint_engine.errors import AdapterError, DeadlineExceeded, VerificationError
 from checkpoint_engine.manifest import (
     CHUNK_BYTES,
-    Manifest,
     TensorMeta,
     num_chunks,
     version_digest,
@@ -48,21 +51,18 @@ class Copy:
 
     Attributes:
         name: the first of the tensor's names.
-        source: same shape; another dtype if it is to be cast.
+        whole: gives all of it: same shape; another dtype if it is to be cast.
+        chunk: gives the bytes of a digest chunk, from its start and end; None where bytes cannot be
+            copied as they are: into another dtype, or into what is not contiguous.
         target: the live tensor.
         expected: chunk digests that the target must have afterwards.
     """
 
     name: str
-    source: torch.Tensor
+    whole: Callable[[], torch.Tensor]
+    chunk: Callable[[int, int], Callable[[], memoryview]] | None
     target: torch.Tensor
     expected: bytes
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether bytes can be copied as they are, in any pieces."""
-        same = self.source.dtype == self.target.dtype
-        return same and self.source.is_contiguous() and self.target.is_contiguous()
 
 
 _Bytes = npt.NDArray[np.uint8]
@@ -70,10 +70,10 @@ _Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Piece:
-    """Source and target bytes of one chunk of a copy; None for a copy that is made as a whole."""
+    """What gives the bytes of one chunk of a copy, and where they go; None for a whole copy."""
 
     copy: Copy
-    chunk: tuple[_Bytes, _Bytes] | None
+    chunk: tuple[Callable[[], memoryview], _Bytes] | None
 
     @property
     def num_bytes(self) -> int:
@@ -111,7 +111,7 @@ class LiveModel:
         """Every name of the state dict."""
         return frozenset(self._tensors)
 
-    def bind(self, manifest: Manifest, source: Callable[[TensorMeta], torch.Tensor]) -> Plan:
+    def bind(self, content: Content) -> Plan:
         """Pair every live tensor with its new content.
 
         What must be cast is cast here once, to know the digest that it will have.
@@ -120,17 +120,15 @@ class LiveModel:
             AdapterError: a name is unknown or missing, a shape differs, a dtype cannot be cast, or
                 two names that the model ties have different content.
         """
-        metas = {
-            meta.name: meta for meta in manifest.tensors if meta.name not in self._not_persistent
-        }
+        tensors = content.manifest.tensors
+        metas = {meta.name: meta for meta in tensors if meta.name not in self._not_persistent}
         self._check_names(metas)
         copies: dict[Storage, Copy] = {}
         for name, meta in metas.items():
-            target, new = self._tensors[name], source(meta)
-            _check_fit(meta, new, target)
-            key = _storage(name, target)
-            copy = Copy(name, new, target, _expected(meta, new, target))
-            first = copies.setdefault(key, copy)
+            target = self._tensors[name]
+            _check_fit(meta, target)
+            copy = _bound(meta, target, content)
+            first = copies.setdefault(_storage(name, target), copy)
             if first.expected != copy.expected:
                 raise AdapterError(
                     f"{name!r} and {first.name!r} are one tensor in this model, but differ in the "
@@ -140,10 +138,7 @@ class LiveModel:
 
     def snapshot(self) -> Plan:
         """Private copies of every live tensor: a way back that needs nobody else."""
-        return Plan.of(
-            Copy(name, tensor.clone(), tensor, _digests(tensor))
-            for name, tensor in self._unique().values()
-        )
+        return Plan.of(_copied(name, tensor) for name, tensor in self._unique().values())
 
     @property
     def not_persistent(self) -> frozenset[str]:
@@ -235,14 +230,28 @@ class LiveModel:
 
 
 def write(
-    plan: Plan, pool: Executor, digest: Callable[[Iterable[memoryview]], bytes] = digest_pieces
+    plan: Plan,
+    pool: Executor,
+    digest: Callable[[Iterable[memoryview]], bytes] = digest_pieces,
+    deadline: float = math.inf,
 ) -> dict[Storage, bytes]:
-    """Write every source into its target; returns what is live now, by storage.
+    """Write everything into its target; returns what is live now, by storage.
 
     The digests are recomputed from the targets, piece by piece, after each was written. `digest`
-    is called with the pieces of a chunk, which are written as it asks for them.
+    is called with the pieces of a chunk, which are written as it asks for them. What is streamed is
+    read by one thread while another writes.
+
+    Raises:
+        DeadlineExceeded: `deadline` came, by the monotonic clock, before everything was written.
+        VerificationError, SourceError: what was read for a target is not what it should be.
     """
-    results = pool.map(lambda group: [_write(piece, digest) for piece in group], plan.groups)
+
+    def in_time(piece: _Piece) -> bytes:
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded("the new weights could not be read and written in time")
+        return _write(piece, digest)
+
+    results = pool.map(lambda group: [in_time(piece) for piece in group], plan.groups)
     written: dict[Storage, bytes] = {}
     for group, digests in zip(plan.groups, results, strict=True):
         for piece, live in zip(group, digests, strict=True):
@@ -264,14 +273,31 @@ def check_written(plan: Plan, written: Mapping[Storage, bytes]) -> None:
             raise VerificationError(f"{copy.name!r} is live with other bytes than were sent")
 
 
+def _bound(meta: TensorMeta, target: torch.Tensor, content: Content) -> Copy:
+    whole = functools.partial(content.tensor, meta)
+    if torch_dtype(meta.dtype) != target.dtype:
+        return Copy(meta.name, whole, None, target, _digests(whole().to(target.dtype)))
+    chunk = functools.partial(content.chunk, meta) if target.is_contiguous() else None
+    return Copy(meta.name, whole, chunk, target, meta.chunk_digests)
+
+
+def _copied(name: str, tensor: torch.Tensor) -> Copy:
+    kept, digests = tensor.clone(), _digests(tensor)
+    if not tensor.is_contiguous():
+        return Copy(name, lambda: kept, None, tensor, digests)
+    memory = _bytes(kept).numpy().data
+    return Copy(name, lambda: kept, lambda start, end: lambda: memory[start:end], tensor, digests)
+
+
 def _pieces(copy: Copy) -> Iterator[_Piece]:
     """Chunks where bytes can be copied as they are, else all at once."""
-    if not copy.is_plain or copy.target.nbytes == 0:
+    if copy.chunk is None or copy.target.nbytes == 0:
         yield _Piece(copy, None)
         return
-    source, target = _bytes(copy.source).numpy(), _bytes(copy.target).numpy()
-    for at in range(0, target.nbytes, CHUNK_BYTES):
-        yield _Piece(copy, (source[at : at + CHUNK_BYTES], target[at : at + CHUNK_BYTES]))
+    target = _bytes(copy.target).numpy()
+    for start in range(0, target.nbytes, CHUNK_BYTES):
+        place = target[start : start + CHUNK_BYTES]
+        yield _Piece(copy, (copy.chunk(start, start + place.nbytes), place))
 
 
 def _grouped(pieces: Iterable[_Piece]) -> tuple[tuple[_Piece, ...], ...]:
@@ -290,32 +316,29 @@ def _grouped(pieces: Iterable[_Piece]) -> tuple[tuple[_Piece, ...], ...]:
 def _write(piece: _Piece, digest: Callable[[Iterable[memoryview]], bytes]) -> bytes:
     if piece.chunk is None:
         with torch.inference_mode():
-            piece.copy.target.copy_(piece.copy.source)
+            piece.copy.target.copy_(piece.copy.whole())
         return _digests(piece.copy.target)
-    return digest(_written(*piece.chunk))
+    read, target = piece.chunk
+    return digest(_written(read(), target))
 
 
-def _written(source: _Bytes, target: _Bytes) -> Iterator[memoryview]:
+def _written(memory: memoryview, target: _Bytes) -> Iterator[memoryview]:
+    source = np.frombuffer(memory, dtype=np.uint8)
     for at in range(0, target.nbytes, PIECE_BYTES):
         done = target[at : at + PIECE_BYTES]
         np.copyto(done, source[at : at + PIECE_BYTES])  # never starts threads, as torch's does
         yield done.data
 
 
-def _expected(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> bytes:
-    if source.dtype == target.dtype:
-        return meta.chunk_digests
-    return _digests(source.to(target.dtype))
-
-
-def _check_fit(meta: TensorMeta, source: torch.Tensor, target: torch.Tensor) -> None:
+def _check_fit(meta: TensorMeta, target: torch.Tensor) -> None:
+    dtype = torch_dtype(meta.dtype)
     if torch_shape(meta.dtype, meta.shape) != tuple(target.shape):
         raise AdapterError(
             f"{meta.name!r}: the checkpoint has shape {list(meta.shape)}, the model "
             f"{list(target.shape)}"
         )
-    if source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
-        raise AdapterError(f"{meta.name!r}: {source.dtype} is not cast to {target.dtype}")
+    if dtype != target.dtype and not {dtype, target.dtype} <= CASTABLE:
+        raise AdapterError(f"{meta.name!r}: {dtype} is not cast to {target.dtype}")
 
 
 def _overlap(copies: Sequence[Copy]) -> bool:

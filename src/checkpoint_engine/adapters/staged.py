@@ -12,7 +12,7 @@ keep their map alive. A version may be kept after its update, as the way back of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 
 import torch
@@ -33,6 +33,8 @@ class Staged:
     Attributes:
         manifest: the version's tensors, validated.
     """
+
+    way_back = "staged"
 
     def __init__(
         self, manifest: Manifest, held: Sequence[tuple[Part, Attachment]], attachments: Attachments
@@ -80,6 +82,15 @@ class Staged:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every name with a view of its tensor."""
         return ((meta.name, self.tensor(meta)) for meta in self.manifest.tensors)
+
+    def chunk(self, meta: TensorMeta, start: int, end: int) -> Callable[[], memoryview]:
+        """A view of some bytes of a tensor, found now: that takes longer than a pause may."""
+        view = self.memory(meta.offset + start, meta.offset + end)
+        return lambda: view
+
+    def is_there(self) -> bool:
+        """True: what is held stays."""
+        return True
 
     def discard_writes(self) -> None:
         """Undo what was written into tensors of this version, and show the staged bytes again."""

@@ -186,7 +186,7 @@ class Updates:
         )
         staged = Staged.attach(shard.manifest, [part], Attachments(keep_maps=True))
         stack.callback(staged.release)
-        return LiveModel(self._model).bind(shard.manifest, staged.tensor)
+        return LiveModel(self._model).bind(staged)
 
 
 def _undigested(pieces: Iterable[memoryview]) -> bytes:

@@ -21,10 +21,18 @@ def replica(
     model: Annotated[Path, typer.Option(help="Hugging Face folder of the model.")],
     host: Annotated[str, typer.Option(help="Beyond loopback a token is compulsory.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    load_format: Annotated[
+        str, typer.Option(help="auto; dummy: random weights; ckpt_engine: see the next option.")
+    ] = "auto",
+    ckpt_engine_url: Annotated[
+        str, typer.Option(help="ckptengine:///metas.json joins its server; empty: wait.")
+    ] = "ckptengine://",
     wait_for_initial_weights: Annotated[
         bool, typer.Option("--wait-for-initial-weights", help="Serve nothing before an update.")
     ] = False,
+    allow_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose checkpoints clients may name; repeat.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What reports call it.")] = None,
     scrub_seconds: Annotated[
         float, typer.Option(min=0, help="Check live weights once in this time; 0: never.")
@@ -37,6 +45,7 @@ def replica(
     from transformers.utils import logging as transformers_logging
 
     from checkpoint_engine.device_utils import device_uuid
+    from checkpoint_engine.replica.disk import CheckpointFolders
     from checkpoint_engine.replica.replica import load_replica
     from checkpoint_engine.replica.scrub import scrubbing
     from checkpoint_engine.replica.server import check_binding, create_app, serve
@@ -44,15 +53,21 @@ def replica(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     token = _token(token_file)
     check_binding(host, token)
+    folders = CheckpointFolders(allow_path or ())
     called = name or f"replica {os.getpid()}"
     served = load_replica(
         model,
         name=called,
         load_format=load_format,
         wait_for_initial_weights=wait_for_initial_weights,
+        url=ckpt_engine_url,
     )
     application = create_app(
-        served, token=token, model_name=str(model), device_uuid=device_uuid("cpu")
+        served,
+        token=token,
+        model_name=str(model),
+        device_uuid=device_uuid("cpu"),
+        folders=folders,
     )
 
     def announce(bound_port: int) -> None:

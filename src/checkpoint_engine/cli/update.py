@@ -55,6 +55,9 @@ def update(
     load_metas_file: Annotated[
         Path | None, typer.Option(help="Join what another server published: see `join`.")
     ] = None,
+    mode: Annotated[
+        str, typer.Option(help="staged, streamed, or auto: streamed if memory is short.")
+    ] = "auto",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 600.0,
     on_failure: Annotated[str, typer.Option(help="rollback or quarantine.")] = "rollback",
     min_replicas: Annotated[
@@ -109,7 +112,7 @@ def update(
         with working(f"reading {checkpoint_path}", server.rank == 0):
             source = SafetensorsSource(safetensors_files(checkpoint_path))
             part = Share(source, server.rank, server.world_size)
-            server.register_source(checkpoint_name, part)
+            server.register_source(checkpoint_name, part, mode=mode)
         with working("waiting for engines and ranks", server.rank == 0):
             if requests:
                 reach(endpoints, uds)
@@ -195,7 +198,8 @@ def show_report(result: Report, *, as_json: bool) -> None:
     out.print(table)
     stages = ", ".join(f"{name} {1000 * s:.1f}" for name, s in result.seconds.items())
     out.print(
-        f"{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB, digest "
+        f"{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB "
+        f"{result.mode}{f' ({result.why})' if result.why else ''}, digest "
         f"{result.digest[:16]}, {'verified' if result.verified else 'verified where staged'}; "
         f"ms: {stages}",
         soft_wrap=True,

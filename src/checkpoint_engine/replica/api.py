@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -35,6 +35,7 @@ __all__ = [
     "Completion",
     "CompletionBuilder",
     "CompletionRequest",
+    "UpdateFromPathRequest",
     "UpdateWeightsRequest",
     "Usage",
     "decode",
@@ -210,6 +211,15 @@ class UpdateWeightsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     """POST /update_weights_from_ipc, as SGLang has it: device uuid to control socket."""
 
     zmq_handles: dict[str, str]
+    flush_cache: bool = True
+    weight_version: str | None = None
+
+
+class UpdateFromPathRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /update_weights_from_ckpt_engine; without a weight version, the path's last part."""
+
+    model_path: Annotated[str, msgspec.Meta(min_length=1)]
+    load_format: Literal["auto", "ckpt_engine"] = "auto"
     flush_cache: bool = True
     weight_version: str | None = None
 

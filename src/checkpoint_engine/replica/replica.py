@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +37,8 @@ from checkpoint_engine.compare import TensorDigest, WeightDigests, sample_names
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UpdateRefused, UsageError
 from checkpoint_engine.manifest import Version, version_digest
 from checkpoint_engine.replica.engine import Engine
+from checkpoint_engine.sources import SafetensorsSource, safetensors_files
+from checkpoint_engine.startup import CkptEngineConnector, CkptEngineModelLoader
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update import session
 
@@ -44,6 +48,7 @@ INFO_SECONDS = 120.0
 SCRUB_SECONDS = 1.0
 PAUSE_SECONDS = 60.0
 HISTORY_LENGTH = 100
+LOAD_FORMATS = ("auto", "dummy", "ckpt_engine")
 # A folder is data: nothing of it is run, and what is not in it is not fetched.
 TRUST: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -59,6 +64,8 @@ class Replica:
         name: what reports call this replica.
         label: weight version of the parameters as they are; None if they are no version, and the
             replica serves nothing before its first update.
+        folder: what the parameters were loaded from, if they were.
+        names: which of the model's names that version has; default all.
     """
 
     def __init__(
@@ -68,11 +75,17 @@ class Replica:
         *,
         name: str,
         label: str | None,
+        folder: Path | None = None,
+        names: frozenset[str] | None = None,
     ) -> None:
         self.engine = Engine(model, tokenizer)
         self._live = LiveModel(model)
         self._adapter = TransformersAdapter(
-            model, Identity(replica=name, engine=f"process {os.getpid()}"), self
+            model,
+            Identity(replica=name, engine=f"process {os.getpid()}"),
+            self,
+            (lambda: SafetensorsSource(safetensors_files(folder))) if folder else None,
+            names,
         )
         self._attachments = Attachments(keep_maps=True)
         self._updating = threading.Lock()
@@ -322,33 +335,67 @@ class Replica:
 
 
 def load_replica(
-    folder: Path, *, name: str, load_format: str, wait_for_initial_weights: bool
+    folder: Path,
+    *,
+    name: str,
+    load_format: str,
+    wait_for_initial_weights: bool,
+    url: str = "ckptengine://",
 ) -> Replica:
     """A replica from a Hugging Face folder.
 
     Args:
         folder: configuration, tokenizer and, with "auto", weights.
         name: what reports call it.
-        load_format: "auto" loads the weights, "dummy" makes random ones.
+        load_format: "auto" loads the weights, "dummy" makes random ones, "ckpt_engine" takes them
+            from who has published them.
         wait_for_initial_weights: serve nothing before the first update.
+        url: with "ckpt_engine", where from: see `startup.CkptEngineConnector`. One that waits
+            makes a replica that does: its server is who offers it updates.
 
     Raises:
-        UsageError: the folder or the load format is not usable.
+        UsageError: the folder, the load format or the URL is not usable.
+        CheckpointEngineError: the weights could not be had from there.
     """
-    if load_format not in ("auto", "dummy"):
-        raise UsageError(f"--load-format is auto or dummy, not {load_format!r}")
-    try:
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"--load-format is one of {', '.join(LOAD_FORMATS)}, not {load_format!r}")
+    connector = CkptEngineConnector(url)
+    if load_format != "ckpt_engine" and not connector.waits:
+        raise UsageError("--ckpt-engine-url is for --load-format ckpt_engine")
+    with _reading(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
-        if load_format == "auto":
+        config = AutoConfig.from_pretrained(folder, **TRUST)
+
+    def initialize(config: PretrainedConfig) -> PreTrainedModel:
+        with _reading(folder):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=config.dtype or torch.float32
+            )
+        return made
+
+    model: PreTrainedModel
+    if load_format == "auto":
+        with _reading(folder):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, **TRUST
             )
-        else:
-            config = AutoConfig.from_pretrained(folder, **TRUST)
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=config.dtype or torch.float32
-            )
+        label = None if wait_for_initial_weights else "initial"
+        return Replica(model, tokenizer, name=name, label=label, folder=folder)
+    if load_format == "dummy" or connector.waits:
+        waits = wait_for_initial_weights or load_format == "ckpt_engine"
+        label = None if waits else "dummy"
+        return Replica(initialize(config), tokenizer, name=name, label=label)
+    loader = CkptEngineModelLoader(connector, initialize=initialize)
+    model = loader.load_model(model_config=config)
+    assert loader.loaded is not None, "a transformers model does not load itself"
+    label, names = loader.loaded.version.label, loader.loaded.names
+    return Replica(model, tokenizer, name=name, label=label, names=names)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """A folder that is not as it should be is its user's to mend."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    label = None if wait_for_initial_weights else {"auto": "initial", "dummy": "dummy"}[load_format]
-    return Replica(model, tokenizer, name=name, label=label)

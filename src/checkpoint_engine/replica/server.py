@@ -37,9 +37,11 @@ from checkpoint_engine.replica.api import (
     CollectiveRpcRequest,
     CompletionBuilder,
     CompletionRequest,
+    UpdateFromPathRequest,
     UpdateWeightsRequest,
     decode,
 )
+from checkpoint_engine.replica.disk import CheckpointFolders, PathNotAllowed
 from checkpoint_engine.replica.engine import Engine, NotAccepting, QueueFull
 from checkpoint_engine.replica.sequence import Event, Generation, GenerationRequest, Token
 
@@ -103,7 +105,12 @@ def check_binding(host: str, token: str | None) -> None:
 
 
 def create_app(
-    replica: ServedReplica, *, token: str | None, model_name: str, device_uuid: str
+    replica: ServedReplica,
+    *,
+    token: str | None,
+    model_name: str,
+    device_uuid: str,
+    folders: CheckpointFolders | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -112,13 +119,15 @@ def create_app(
         token: what routes that change something require; None requires nothing.
         model_name: the name of the only model, in OpenAI's sense.
         device_uuid: the key under which update requests name this replica's control socket.
+        folders: whose checkpoints it may be updated from; default none.
     """
     if token == "":
         raise UsageError("an empty token protects nothing; leave it out or set one")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(_generation_routes(replica.engine, model_name))
     app.include_router(_status_routes(replica))
-    app.include_router(_control_routes(replica, token, device_uuid))
+    checkpoints = folders or CheckpointFolders()
+    app.include_router(_control_routes(replica, token, device_uuid, checkpoints))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(CheckpointEngineError, _engine_error)
     return app
@@ -251,7 +260,9 @@ def _status_routes(replica: ServedReplica) -> APIRouter:
     return router
 
 
-def _control_routes(replica: ServedReplica, token: str | None, device_uuid: str) -> APIRouter:
+def _control_routes(
+    replica: ServedReplica, token: str | None, device_uuid: str, folders: CheckpointFolders
+) -> APIRouter:
     async def authorize(request: Request) -> None:
         _authorize(request, token)
 
@@ -270,6 +281,10 @@ def _control_routes(replica: ServedReplica, token: str | None, device_uuid: str)
             flush_cache=body.flush_cache,
         )
 
+    def updated() -> Response:
+        label = replica.engine.weight_version.version
+        return _json({"success": True, "message": f"serving {label}", "weight_version": label})
+
     @router.post("/pause")
     async def pause() -> Response:
         await asyncio.to_thread(replica.pause)
@@ -283,8 +298,13 @@ def _control_routes(replica: ServedReplica, token: str | None, device_uuid: str)
     @router.post("/update_weights_from_ipc")
     async def update_weights_from_ipc(request: Request) -> Response:
         await update(decode(await _read_body(request), UpdateWeightsRequest))
-        label = replica.engine.weight_version.version
-        return _json({"success": True, "message": f"serving {label}", "weight_version": label})
+        return updated()
+
+    @router.post("/update_weights_from_ckpt_engine")
+    async def update_weights_from_ckpt_engine(request: Request) -> Response:
+        body = decode(await _read_body(request), UpdateFromPathRequest)
+        await asyncio.to_thread(folders.update, replica.update, body)
+        return updated()
 
     @router.post("/collective_rpc")
     async def collective_rpc(request: Request) -> Response:
@@ -446,8 +466,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _engine_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, CheckpointEngineError)
-    # The routes that take weights answer every failure as SGLang does.
-    status = _status(error) if request.url.path.startswith("/v1/") else 400
+    # The routes that take weights answer every other failure as SGLang does.
+    weights_status = 403 if isinstance(error, PathNotAllowed) else 400
+    status = _status(error) if request.url.path.startswith("/v1/") else weights_status
     return _json(_error_body(request, status, str(error)), status=status)
 
 

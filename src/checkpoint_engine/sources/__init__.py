@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint_engine.plan.layout import TensorSpec, share
 from checkpoint_engine.sources.base import Source
+from checkpoint_engine.sources.files import TensorFiles
 from checkpoint_engine.sources.safetensors import SafetensorsSource, safetensors_files
 from checkpoint_engine.sources.tensors import TensorSource
 
@@ -36,6 +37,11 @@ class JoinedSource:
         self._files = SafetensorsSource(files)
         self._named = set(named_tensors)
 
+    @property
+    def files(self) -> TensorFiles | None:
+        """The files, unless there are tensors beside them."""
+        return None if self._named else self._files.files
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of both; a name in both is refused when they are laid out."""
         return [*self._files.specs(), *self._tensors.specs()]
@@ -55,6 +61,11 @@ class Share:
 
     def __init__(self, source: Source, index: int, num_shares: int) -> None:
         self._source, self._index, self._num_shares = source, index, num_shares
+
+    @property
+    def files(self) -> TensorFiles | None:
+        """Those of the whole source."""
+        return self._source.files
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of this part."""

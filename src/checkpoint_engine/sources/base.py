@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from checkpoint_engine.plan.layout import TensorSpec
+from checkpoint_engine.sources.files import TensorFiles
 
 __all__ = ["Source"]
 
@@ -19,6 +20,11 @@ class Source(Protocol):
 
     A source is closed by its user; after that no read may start.
     """
+
+    @property
+    def files(self) -> TensorFiles | None:
+        """The open files that hold every tensor; None if one lies elsewhere."""
+        ...
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, each with all its names; raises SourceError where they contradict."""

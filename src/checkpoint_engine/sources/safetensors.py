@@ -23,6 +23,7 @@ import msgspec
 from checkpoint_engine.dtypes import num_bytes
 from checkpoint_engine.errors import MALFORMED, SourceError, UsageError
 from checkpoint_engine.plan.layout import TensorSpec, place
+from checkpoint_engine.sources.files import OpenFile, TensorFiles, close_all
 
 __all__ = ["SafetensorsSource", "safetensors_files"]
 
@@ -39,15 +40,6 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[int, int]
 
 
-class _Place(msgspec.Struct, frozen=True):
-    """Where a tensor's bytes lie."""
-
-    path: Path
-    descriptor: int
-    position: int
-    length: int
-
-
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
@@ -55,20 +47,36 @@ class _Index(msgspec.Struct, frozen=True):
 class SafetensorsSource:
     """The tensors of one or more safetensors files. Owns one descriptor a file until closed.
 
+    Args:
+        files: the files.
+        within: real paths of the folders that the files must lie in, wherever links lead;
+            default anywhere.
+
     Raises:
         SourceError: a file is unreadable, truncated, garbled or lying, or two hold one name.
     """
 
-    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
-        self._descriptors: list[int] = []
-        self._places: dict[str, _Place] = {}
+    def __init__(
+        self, files: Sequence[str | os.PathLike[str]], *, within: Sequence[Path] | None = None
+    ) -> None:
         self._specs: list[TensorSpec] = []
+        self._paths: dict[str, Path] = {}
+        opened: list[OpenFile] = []
+        descriptors: list[int] = []
         try:
-            for file in files:
-                self._open(Path(file))
+            for path in map(Path, files):
+                descriptors.append(_open_file(path, within))
+                positions = self._add(path, descriptors[-1])
+                opened.append(OpenFile.of(str(path), descriptors[-1], positions))
         except BaseException:
-            self.close()
+            close_all(descriptors)
             raise
+        self._files = TensorFiles(opened, descriptors)
+
+    @property
+    def files(self) -> TensorFiles:
+        """The open files."""
+        return self._files
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all files, in the order of the files."""
@@ -76,50 +84,38 @@ class SafetensorsSource:
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of tensor `name` from byte `start` on."""
-        place = self._places[name]
-        position, done = place.position + start, 0
-        while done < len(out):
-            try:
-                num_read = os.preadv(place.descriptor, [out[done:]], position + done)
-            except OSError as error:
-                raise SourceError(f"{place.path}: tensor {name!r}: {error}") from error
-            if num_read == 0:
-                raise SourceError(
-                    f"{place.path}: tensor {name!r}: the file ends in the middle of it; it was "
-                    "truncated while being read"
-                )
-            done += num_read
+        self._files.read_into(name, start, out)
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._files.close()
 
-    def _open(self, path: Path) -> None:
-        descriptor = _open_file(path)
-        self._descriptors.append(descriptor)
+    def _add(self, path: Path, descriptor: int) -> dict[str, int]:
+        """Announce the tensors of a file; returns where each begins."""
         entries, data_start = _read_header(path, descriptor)
         for name, entry in entries.items():
-            if name in self._places:
+            if name in self._paths:
                 raise SourceError(
-                    f"{path}: tensor {name!r} is also in {self._places[name].path}; "
+                    f"{path}: tensor {name!r} is also in {self._paths[name]}; "
                     "give only the files of one checkpoint"
                 )
-            begin, end = entry.data_offsets
-            self._places[name] = _Place(path, descriptor, data_start + begin, end - begin)
+            self._paths[name] = path
             spec = TensorSpec(names=(name,), dtype=entry.dtype, shape=entry.shape)
             try:
                 place(spec, name, 0)
             except SourceError as error:
                 raise SourceError(f"{path}: {error}") from error
             self._specs.append(spec)
+        return {name: data_start + entry.data_offsets[0] for name, entry in entries.items()}
 
 
-def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
+def safetensors_files(
+    path: str | os.PathLike[str], *, within: Sequence[Path] | None = None
+) -> list[Path]:
     """The safetensors files of a checkpoint: one file, or those of a Hugging Face folder.
 
     With an index, exactly the files that it names; every one must exist in the folder, and every
-    tensor must be where the index says.
+    tensor must be where the index says. `within` is as for `SafetensorsSource`.
 
     Raises:
         SourceError: there are none, or the index is wrong.
@@ -131,7 +127,7 @@ def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
         raise SourceError(f"{path}: there is no such file or folder")
     index = path / INDEX_NAME
     if index.exists():
-        return _indexed_files(index)
+        return _indexed_files(index, within)
     if (path / SINGLE_NAME).exists():
         return [path / SINGLE_NAME]
     files = sorted(path.glob("*.safetensors"))
@@ -140,9 +136,9 @@ def safetensors_files(path: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path, within: Sequence[Path] | None) -> list[Path]:
     try:
-        weight_map = msgspec.json.decode(_read_small(index), type=_Index).weight_map
+        weight_map = msgspec.json.decode(_read_small(index, within), type=_Index).weight_map
     except MALFORMED as error:
         raise SourceError(f"{index}: not an index of safetensors files: {error}") from error
     if not weight_map:
@@ -154,7 +150,7 @@ def _indexed_files(index: Path) -> list[Path]:
         files.setdefault(file, set()).add(tensor)
     for file, tensors in sorted(files.items()):
         try:
-            held = _names_in(index.parent / file)
+            held = _names_in(index.parent / file, within)
         except SourceError as error:
             raise SourceError(f"{index}: the index names {file[:80]!r}, but: {error}") from error
         missing = sorted(tensors - held)
@@ -163,24 +159,24 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / file for file in sorted(files)]
 
 
-def _read_small(path: Path) -> bytes:
+def _read_small(path: Path, within: Sequence[Path] | None) -> bytes:
     """A file that is read whole, which must not be larger than any header is."""
-    with os.fdopen(_open_file(path), "rb") as file:
+    with os.fdopen(_open_file(path, within), "rb") as file:
         data = file.read(MAX_HEADER_BYTES + 1)
     if len(data) > MAX_HEADER_BYTES:
         raise SourceError(f"{path}: has more than the {MAX_HEADER_BYTES} bytes allowed")
     return data
 
 
-def _names_in(path: Path) -> set[str]:
-    descriptor = _open_file(path)
+def _names_in(path: Path, within: Sequence[Path] | None) -> set[str]:
+    descriptor = _open_file(path, within)
     try:
         return set(_read_header(path, descriptor)[0])
     finally:
         os.close(descriptor)
 
 
-def _open_file(path: Path) -> int:
+def _open_file(path: Path, within: Sequence[Path] | None) -> int:
     try:
         # A pipe would be waited for; not to block has no effect on a file.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -189,6 +185,11 @@ def _open_file(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise SourceError(f"{path}: is not a file")
+    # What was opened is judged, not the path: that may lead elsewhere a moment later.
+    opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    if within is not None and not any(opened.is_relative_to(folder) for folder in within):
+        os.close(descriptor)
+        raise SourceError(f"{path}: leads out of the folders that may be read")
     return descriptor
 
 

@@ -36,6 +36,11 @@ class TensorSource:
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
 
+    @property
+    def files(self) -> None:
+        """None: these tensors lie in memory."""
+        return None
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, tied ones once under all their names."""
         tied: dict[object, list[str]] = {}

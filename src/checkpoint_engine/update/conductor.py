@@ -42,6 +42,7 @@ from checkpoint_engine.update.protocol import (
 )
 from checkpoint_engine.update.sessions import Door, Sessions
 from checkpoint_engine.update.staging import deliver
+from checkpoint_engine.update.streaming import files_for
 from checkpoint_engine.update.versions import Version, parts_on
 
 __all__ = ["Calls", "Conductor", "Recorder", "Request", "record"]
@@ -146,7 +147,7 @@ class Conductor:
             update=f"{epoch}-{number}",
             epoch=epoch,
             version=VersionName(label=self.label, digest=digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, num_bytes),
+            deadlines=Deadlines.of(self.timeout_seconds, num_bytes, mode=self.version.mode),
         )
         registry.start(start.update, epoch, self.label, digest)
         opening = Opening(
@@ -157,6 +158,8 @@ class Conductor:
             world_size=scope.world_size,
             deadlines=start.deadlines,
             base=self.base,
+            mode=self.version.mode,
+            why=self.version.why,
         )
         thread = threading.Thread(
             target=_coordinate,
@@ -192,6 +195,7 @@ class Conductor:
                 version=start.version,
                 manifest=version.manifest.to_msgpack() if version.manifest else b"",
                 parts=parts_on(version, host, received),
+                files=files_for(rank, version.metas),
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
             )

@@ -53,7 +53,8 @@ VOTES_DUE = {
 class Opening:
     """What an update sets out to do.
 
-    `base`: digest of the version that every replica must serve; None if any will do.
+    `base`: digest of the version that every replica must serve; None if any will do. `mode` and
+    `why` are for the report.
     """
 
     update: str
@@ -63,6 +64,8 @@ class Opening:
     world_size: int
     deadlines: Deadlines
     base: str | None = None
+    mode: str = "staged"
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -470,7 +473,8 @@ class Coordinator:
             version=opening.version.label,
             digest=opening.version.digest,
             base=opening.version.parent,
-            mode="staged",
+            mode=opening.mode,
+            why=opening.why,
             outcome=self._outcome,
             bytes=opening.num_bytes,
             bytes_sent=self._bytes_sent,

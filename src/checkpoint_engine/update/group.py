@@ -119,7 +119,9 @@ class Group:
         """That of the hosts' leads, if they broadcast to each other and this rank leads."""
         hosts, rank = version.hosts, self.rendezvous.rank
         host = hosts.of_rank[rank]
-        if version.by_peers or len(hosts.names) == 1 or hosts.lead(host) != rank:
+        if version.by_peers or version.mode == "streamed":
+            return None
+        if len(hosts.names) == 1 or hosts.lead(host) != rank:
             return None
         if self._collective is None or self._collective.size != len(hosts.names):
             self._collective = Collective(self.rendezvous, index=host, size=len(hosts.names))

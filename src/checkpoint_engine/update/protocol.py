@@ -27,6 +27,7 @@ import msgspec
 from checkpoint_engine.errors import MALFORMED, ProtocolError, RemoteError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.timeline import Span
+from checkpoint_engine.transport.files import FilesAt
 from checkpoint_engine.transport.handover import Part
 
 __all__ = [
@@ -85,9 +86,13 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
         return 1.25 * self.pause_seconds
 
     @classmethod
-    def of(cls, timeout_seconds: float, num_bytes: int) -> Deadlines:
-        """Deadlines within a user's timeout: no pause longer than ten seconds and 0.5 GB/s."""
-        pause_seconds = min(timeout_seconds, 10 + num_bytes / 0.5e9)
+    def of(cls, timeout_seconds: float, num_bytes: int, *, mode: str = "staged") -> Deadlines:
+        """Deadlines within a user's timeout.
+
+        No pause is longer than ten seconds and 0.5 GB/s, or 0.1 GB/s where a disk may be read.
+        """
+        bytes_per_second = 0.5e9 if mode == "staged" else 0.1e9
+        pause_seconds = min(timeout_seconds, 10 + num_bytes / bytes_per_second)
         return cls(
             ready_seconds=timeout_seconds,
             pause_seconds=pause_seconds,
@@ -123,10 +128,10 @@ class Hello(_Message, frozen=True):
 
 
 class Ready(_Message, frozen=True):
-    """The staged bytes are attached, verified and fit the engine. No weight has changed.
+    """The bytes are attached and verified, or to be had, and fit the engine. Nothing has changed.
 
     Attributes:
-        way_back: how it would return to its base: "staged", "snapshot" or "none".
+        way_back: how it would return to its base: "staged", "snapshot", "source" or "none".
     """
 
     way_back: str
@@ -180,6 +185,8 @@ class Offer(_Message, frozen=True):
 
     Attributes:
         manifest: msgpack of the Manifest; empty to return to a version that the session keeps.
+        parts: the staged bytes; none if they are streamed.
+        files: where to ask for the files of a streamed version; none if it is staged.
         follower: True for a session that does not vote, such as a draft model's.
         require_rollback: refuse unless there is a way back.
     """
@@ -190,6 +197,7 @@ class Offer(_Message, frozen=True):
     manifest: bytes
     parts: tuple[Part, ...]
     deadlines: Deadlines
+    files: tuple[FilesAt, ...] = ()
     follower: bool = False
     require_rollback: bool = False
 
@@ -291,6 +299,7 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What an update did. `bytes` is the version's size, `bytes_sent` what left a host's memory.
 
+    `mode`: "staged"; "streamed", and then `why`; or "kept", back to what each replica still had.
     `outcome`: "published", "rolled_back" (weights had changed and were changed back), "aborted"
     (none had), or, on a rank that is not among those that update, "not_taking_part". `degraded`
     names followers that failed. `verified` is True when every
@@ -313,6 +322,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     degraded: tuple[str, ...] = ()
     reason: RemoteError | None = None
     spans: tuple[Span, ...] = ()
+    why: str = ""
 
     @classmethod
     def not_taking_part(cls, version: str) -> Report:

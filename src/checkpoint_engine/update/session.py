@@ -19,8 +19,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from checkpoint_engine.adapters.base import Adapter
+from checkpoint_engine.adapters.base import Adapter, Content
 from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
@@ -33,6 +34,7 @@ from checkpoint_engine.manifest import decode_manifest
 from checkpoint_engine.timeline import Span, Timeline
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.files import fetch_files
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update.protocol import (
     PROTOCOL,
@@ -179,13 +181,13 @@ def _enter(
     adapter: Adapter, attachments: Attachments, offer: Offer, progress: _Progress
 ) -> Steps[None]:
     with progress.timeline.span("attach"):
-        staged = _attach(adapter, attachments, offer)
+        content = _attach(adapter, attachments, offer)
     with progress.timeline.span("verify"):
-        way_back = adapter.prepare(staged, offer.version)
+        way_back = adapter.prepare(content, offer.version)
     yield Send(Ready(way_back=way_back, spans=progress.spans))
 
 
-def _attach(adapter: Adapter, attachments: Attachments, offer: Offer) -> Staged:
+def _attach(adapter: Adapter, attachments: Attachments, offer: Offer) -> Content:
     if not offer.manifest:
         recalled = adapter.recall(offer.version.digest)
         if recalled is None:
@@ -197,6 +199,9 @@ def _attach(adapter: Adapter, attachments: Attachments, offer: Offer) -> Staged:
     manifest = decode_manifest(offer.manifest, msgpack=True)
     if manifest.digest != offer.version.digest:
         raise ProtocolError("the manifest offered is not that of the version offered")
+    if offer.files:
+        names = [meta.name for meta in manifest.tensors if meta.length]
+        return Streamed(manifest, fetch_files(offer.files, names))
     return Staged.attach(manifest, offer.parts, attachments)
 
 

@@ -201,12 +201,12 @@ def ask(metas: Sequence[RankMeta]) -> Description:
         try:
             found = _ask(meta, WHOLE)
         except CheckpointEngineError as error:
-            failures.append(f"  rank {meta.rank}: {error}")
+            failures.append(f"rank {meta.rank}: {error}")
         else:
             if not found.metas:
                 raise TransferError("the source has no version that its peers could read")
             return found
-    raise TransferError("\n".join(["no source answers:", *failures]))
+    raise TransferError(f"no source answers: {'; '.join(failures)}")
 
 
 def survey(version: Version) -> Survey:

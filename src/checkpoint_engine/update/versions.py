@@ -38,6 +38,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
         device_uuid: of the device whose engine looks for that handle.
         segment: name of the segment that holds the shard; "" if it registered nothing.
         peer: where other hosts read from it, and the secrets for that.
+        files: name of the files that hold it instead; "" unless it is to be streamed.
+        why: what decided between the two.
     """
 
     rank: int
@@ -47,6 +49,8 @@ class RankMeta(msgspec.Struct, frozen=True, kw_only=True):
     segment: str
     manifest: Manifest
     peer: Peer | None = None
+    files: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,11 @@ class Version:
         Raises:
             UsageError: a source cannot be read from.
         """
+        if self.mode == "streamed":
+            raise UsageError(
+                "a version that is streamed is in no memory that peers could read: stage it, or "
+                "update from its files"
+            )
         for source, meta in enumerate(self.sources):
             if meta.segment and meta.peer is None and source not in lost:
                 raise UsageError(f"rank {meta.rank} does not let peers read; gather its metas anew")
@@ -137,6 +146,18 @@ class Version:
             self.digest, self.num_bytes, self.manifest, self.runs, self.sources, tuple(metas),
             Hosts.of(metas), True, tuple(copies), lost,
         )  # fmt: skip
+
+    @property
+    def mode(self) -> str:
+        """Where engines find it: "staged" in memory, "streamed" from files, "kept" by them."""
+        if self.manifest is None:
+            return "kept"
+        return "streamed" if any(meta.files for meta in self.sources) else "staged"
+
+    @property
+    def why(self) -> str:
+        """What decided that."""
+        return next((meta.why for meta in self.sources if meta.why), "")
 
     def is_on(self, host: int, run: Run) -> bool:
         """Whether a run's bytes are on a host already."""
@@ -203,6 +224,8 @@ def parts_on(version: Version, host: int, received: Sequence[str]) -> tuple[Part
         host: the host.
         received: by rank, the name of the segment that it received into.
     """
+    if version.mode == "streamed":
+        return ()
     parts = [
         _part(version.sources[run.rank], version.sources[run.rank].segment, run.start, run)
         for run in version.runs
