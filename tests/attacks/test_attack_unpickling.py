@@ -126,6 +126,7 @@ def watched(environment: dict[str, str], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(300)
 def test_whole_updates_unpickle_nothing(
     watched: Path,
     start: Callable[..., Server],

@@ -105,10 +105,12 @@ def bring(ranks: list[Child], name: str, num_tensors: int) -> dict[str, str]:
     return whole
 
 
-def begin_update(ranks: list[Child], name: str, hosts: list[Host]) -> list[int]:
+def begin_update(
+    ranks: list[Child], name: str, hosts: list[Host], timeout: float = 30.0
+) -> list[int]:
     """Begin an update, and return once bytes travel."""
     before = [host.num_bytes_received for host in hosts]
-    numbers = [rank.send("update", name=name, timeout=5.0) for rank in ranks]
+    numbers = [rank.send("update", name=name, timeout=timeout) for rank in ranks]
     wait_until(
         lambda: all(
             host.num_bytes_received > old + TENSOR_BYTES
@@ -134,7 +136,7 @@ def test_two_hosts_one_that_joins_and_a_link_that_is_lost_and_comes_back(
     assert reader.call("weights") == served
 
     register(ranks, "lost", num_tensors=24)
-    numbers = begin_update(ranks, "lost", [near, far])
+    numbers = begin_update(ranks, "lost", [near, far], timeout=8.0)
     far.down()
     assert ranks[0].result(numbers[0])["outcome"] == "aborted"
     with pytest.raises(RuntimeError, match=r"PeerLost|DeadlineExceeded"):

@@ -242,10 +242,10 @@ def preferred() -> bool:
 
 
 def _devices() -> tuple[str, ...]:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     return devices_of_rank(
-        rdma_devices(os.environ),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        rdma_devices(os.environ), local_rank=local_rank, num_local_ranks=num_local_ranks
     )
 
 
