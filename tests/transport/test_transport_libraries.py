@@ -99,6 +99,7 @@ def test_two_read_from_a_source_that_computes(parties: Parties) -> None:
 def test_a_source_that_hangs_is_given_up_and_writes_nothing_when_it_goes_on(
     parties: Parties,
 ) -> None:
+    parties.reader.call("read", way=parties.way, ranges=[[0, 0, 1]])  # they have met
     os.kill(parties.source.pid, signal.SIGSTOP)
     try:
         for _ in range(2):
@@ -107,7 +108,8 @@ def test_a_source_that_hangs_is_given_up_and_writes_nothing_when_it_goes_on(
         parties.reader.call("read", way=parties.other_way, ranges=WHOLE)
     finally:
         os.kill(parties.source.pid, signal.SIGCONT)
-    parties.second.call("read", way=parties.way, ranges=WHOLE)  # it goes on indeed
+    # It goes on indeed, for longer than what was under way needs.
+    parties.second.call("read", way=parties.way, ranges=BUCKETS * 6)
     parties.check(parties.reader, WHOLE, pattern(2, NUM_BYTES))
 
 
