@@ -20,6 +20,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.bench.link import FarHost
 from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost
 from checkpoint_engine.manifest import Manifest
@@ -46,14 +47,25 @@ class _Job(msgspec.Struct, frozen=True):
     """What a rank is told on its command line."""
 
     rank: int
+    num_hosts: int
+    address: str
     port: int
     num_bytes: int
     rounds: int
     warmups: int
 
 
-def measure_broadcast(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) -> Samples:
+def measure_broadcast(
+    num_bytes: int, *, rounds: int, warmups: int, tell: Tell, far: FarHost | None = None
+) -> Samples:
     """The seconds of "broadcast", "bare" and "bare again" in every round.
+
+    Args:
+        num_bytes: of the version.
+        rounds: how many are counted.
+        warmups: rounds before those.
+        tell: called at the beginning and the end.
+        far: whence to send to this host alone; default from one to two, all on this host.
 
     Raises:
         PeerLost: a rank died; its last words are in the message.
@@ -63,8 +75,12 @@ def measure_broadcast(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) 
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
-    jobs = [_Job(rank, port, num_bytes, rounds, warmups) for rank in range(NUM_HOSTS)]
-    ranks = [_spawn(job) for job in jobs]
+    num_hosts, address = (2, far.address) if far else (NUM_HOSTS, LOOPBACK)
+    jobs = [
+        _Job(rank, num_hosts, address, port, num_bytes, rounds, warmups)
+        for rank in range(num_hosts)
+    ]
+    ranks = [_spawn(job, far) for job in jobs]
     try:
         outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
     finally:
@@ -75,12 +91,18 @@ def measure_broadcast(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) 
     return msgspec.json.decode(outputs[0], type=Samples)
 
 
-def _spawn(job: _Job) -> subprocess.Popen[bytes]:
+def _spawn(job: _Job, far: FarHost | None) -> subprocess.Popen[bytes]:
+    command: tuple[str, ...] = ()
+    variables = {"OMP_NUM_THREADS": "1"}
+    if far is not None:  # torch's own group, too, must meet over the link
+        command = far.command if job.rank == 0 else ()
+        interface = far.interface if job.rank == 0 else far.near_interface
+        variables["GLOO_SOCKET_IFNAME"] = interface
     return subprocess.Popen(  # noqa: S603 - our own module, typed arguments
-        [sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
+        [*command, sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **variables},
     )
 
 
@@ -98,18 +120,18 @@ class _Rank:
     """One process of the broadcast."""
 
     def __init__(self, job: _Job) -> None:
-        self._rendezvous = Rendezvous.of_environment(job.rank, NUM_HOSTS, LOOPBACK, job.port)
+        self._rendezvous = Rendezvous.of_environment(job.rank, job.num_hosts, job.address, job.port)
         self._bare = self._rendezvous.group_store("bare")
         self._store = Store()
         self._door = Door(self._store.segment)
         self._version = self._gather(job)
-        self._collective = Collective(self._rendezvous, index=job.rank, size=NUM_HOSTS)
+        self._collective = Collective(self._rendezvous, index=job.rank, size=job.num_hosts)
         self._collective.connect("bench", TIMEOUT_SECONDS)
         dist.init_process_group(
             "gloo",
             store=self._bare,
             rank=job.rank,
-            world_size=NUM_HOSTS,
+            world_size=job.num_hosts,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
         )
         flat = torch.ones(self._version.num_bytes, dtype=torch.uint8)

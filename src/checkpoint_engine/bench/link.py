@@ -33,11 +33,14 @@ class FarHost:
         command: what to put before a command that is to run there.
         address: at which it is reached.
         near_address: at which it reaches this host.
+        interface, near_interface: names of the link's ends.
     """
 
     command: tuple[str, ...]
     address: str
     near_address: str
+    interface: str
+    near_interface: str
 
 
 @contextmanager
@@ -48,18 +51,22 @@ def slow_link(bits_per_second: float) -> Iterator[FarHost]:
         UsageError: this machine does not allow it; says what it said.
     """
     name, number = f"ckpt{os.getpid()}", os.getpid() % 250
-    far = FarHost(("ip", "netns", "exec", name), f"10.213.{number}.2", f"10.213.{number}.1")
+    far = FarHost(
+        ("ip", "netns", "exec", name), f"10.213.{number}.2", f"10.213.{number}.1", "far", name
+    )
     rate = f"{bits_per_second:.0f}bit"
     filtered = ["tbf", "rate", rate, "burst", str(BURST_BYTES), "latency", f"{QUEUE_SECONDS}s"]
     try:
         _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", name, "type", "veth", "peer", "name", "far", "netns", name)
+        _run(
+            "ip", "link", "add", name, "type", "veth", "peer", "name", far.interface, "netns", name
+        )
         _run("ip", "address", "add", f"{far.near_address}/30", "dev", name)
         _run("ip", "link", "set", name, "up")
-        _run(*far.command, "ip", "address", "add", f"{far.address}/30", "dev", "far")
-        _run(*far.command, "ip", "link", "set", "far", "up")
+        _run(*far.command, "ip", "address", "add", f"{far.address}/30", "dev", far.interface)
+        _run(*far.command, "ip", "link", "set", far.interface, "up")
         _run(*far.command, "ip", "link", "set", "lo", "up")
-        _run(*far.command, "tc", "qdisc", "add", "dev", "far", "root", *filtered)
+        _run(*far.command, "tc", "qdisc", "add", "dev", far.interface, "root", *filtered)
         yield far
     finally:
         for command in (("ip", "link", "delete", name), ("ip", "netns", "delete", name)):

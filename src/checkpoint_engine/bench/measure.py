@@ -20,10 +20,21 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import msgspec
 
-__all__ = ["Operation", "Ratio", "Row", "Samples", "Stopwatch", "Tell", "needed", "run_rounds"]
+__all__ = [
+    "Operation",
+    "Ratio",
+    "Row",
+    "Samples",
+    "Stopwatch",
+    "Tell",
+    "against",
+    "needed",
+    "run_rounds",
+]
 
 Samples = dict[str, list[float]]
 """The seconds of every round under each name."""
@@ -121,6 +132,28 @@ class Ratio:
             base_seconds=median(base),
             num_bytes=num_bytes,
         )
+
+
+def against(
+    name: str, ours: str, base: str, seconds: Sequence[float], base_seconds: float, **row: Any
+) -> Row:
+    """A row that compares with a given time; with `at_least`, rates are compared."""
+    ratios = [one / base_seconds for one in seconds]
+    ratio = median(ratios)
+    if row.get("at_least"):
+        ratio, ratios = 1 / ratio, [1 / one for one in ratios]
+    defaults: dict[str, Any] = {"limit": None, "at_least": False, "num_bytes": 0}
+    return Row(
+        name=name,
+        ours=ours,
+        base=base,
+        ratio=ratio,
+        lowest=min(ratios),
+        highest=max(ratios),
+        seconds=median(seconds),
+        base_seconds=base_seconds,
+        **{**defaults, **row},
+    )
 
 
 def needed(operations: Sequence[Operation], ratios: Collection[Ratio]) -> list[Operation]:

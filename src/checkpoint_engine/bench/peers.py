@@ -21,12 +21,14 @@ import msgspec
 import torch
 import zmq
 
+from checkpoint_engine.bench.link import FarHost
 from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.sources import TensorSource
 from checkpoint_engine.store import Store
 from checkpoint_engine.timeline import Timeline
+from checkpoint_engine.transport.address import own_address
 from checkpoint_engine.update.fetch import fetch
 from checkpoint_engine.update.shelf import Shelf
 from checkpoint_engine.update.versions import RankMeta, Version
@@ -50,30 +52,40 @@ class _Ready(msgspec.Struct, frozen=True):
     """What a source says when it can be read."""
 
     meta: RankMeta
-    bare_port: int
+    bare_address: str
 
 
-def measure_peers(num_bytes: int, *, rounds: int, warmups: int, tell: Tell) -> Samples:
+def measure_peers(
+    num_bytes: int, *, rounds: int, warmups: int, tell: Tell, far: FarHost | None = None
+) -> Samples:
     """The seconds of "p2p" and "bare p2p", and of both "from 4", in every round.
+
+    Args:
+        num_bytes: of the version.
+        rounds: how many are counted.
+        warmups: rounds before those.
+        tell: called before every round.
+        far: where the only source is; default four, on this host.
 
     Raises:
         PeerLost: a source died; its last words are in the message.
     """
     with ExitStack() as stack:
-        sources = [
-            stack.enter_context(_source(_Job(rank, num_bytes))) for rank in range(NUM_SOURCES)
-        ]
+        jobs = [_Job(rank, num_bytes) for rank in range(1 if far else NUM_SOURCES)]
+        sources = [stack.enter_context(_source(job, far)) for job in jobs]
         reader = stack.enter_context(_reader(sources, num_bytes))
         return run_rounds(reader.operations(), rounds=rounds, warmups=warmups, tell=tell)
 
 
 @contextmanager
-def _source(job: _Job) -> Iterator[_Ready]:
+def _source(job: _Job, far: FarHost | None) -> Iterator[_Ready]:
+    command = far.command if far else ()
+    address = {"CKPT_ENGINE_ADDRESS": far.address} if far else {}
     process = subprocess.Popen(  # noqa: S603 - our own module, typed arguments
-        [sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
+        [*command, sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **address, "OMP_NUM_THREADS": "1"},
     )
     try:
         assert process.stdout is not None, "its output is a pipe"
@@ -108,9 +120,14 @@ class _Reader:
 
     def operations(self) -> list[Operation]:
         one, four = self._sources[:1], self._sources
-        return [
+        alone = [
             self._operation("p2p", lambda: self._fetch(one)),
             self._operation("bare p2p", lambda: self._receive(one)),
+        ]
+        if len(four) == 1:
+            return alone
+        return [
+            *alone,
             self._operation(f"p2p from {NUM_SOURCES}", lambda: self._fetch(four)),
             self._operation(f"bare p2p from {NUM_SOURCES}", lambda: self._receive(four)),
         ]
@@ -152,7 +169,7 @@ class _Reader:
     def _receive_from(self, source: _Ready, start: int, length: int) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.RCVTIMEO, int(1000 * TIMEOUT_SECONDS))
-        socket.connect(f"tcp://127.0.0.1:{source.bare_port}")
+        socket.connect(f"tcp://{source.bare_address}")
         socket.send(msgspec.json.encode((start, length)))
         memory = self._flat.memory
         try:
@@ -183,7 +200,7 @@ def _main(arguments: Iterable[str]) -> None:
     }
     shard = store.register("bench", TensorSource(tensors))
     socket = zmq.Context().socket(zmq.ROUTER)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    port = socket.bind_to_random_port(f"tcp://{own_address()}")
     socket.setsockopt(zmq.SNDHWM, 0)
     threading.Thread(target=_serve_bare, args=(shard.segment.memory, socket), daemon=True).start()
     shelf = Shelf(store)
@@ -196,7 +213,7 @@ def _main(arguments: Iterable[str]) -> None:
         manifest=shard.manifest,
         peer=shelf.peer,
     )
-    sys.stdout.buffer.write(msgspec.json.encode(_Ready(meta, port)) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode(_Ready(meta, f"{own_address()}:{port}")) + b"\n")
     sys.stdout.buffer.flush()
     sys.stdin.read()
     os._exit(0)

@@ -12,14 +12,25 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import msgspec
 
 from checkpoint_engine.bench.broadcast import measure_broadcast
+from checkpoint_engine.bench.link import slow_link
 from checkpoint_engine.bench.load import measure_load
 from checkpoint_engine.bench.machine import Machine, Others
-from checkpoint_engine.bench.measure import Ratio, Row, Samples, Tell, needed, run_rounds
+from checkpoint_engine.bench.measure import (
+    Ratio,
+    Row,
+    Samples,
+    Tell,
+    against,
+    needed,
+    run_rounds,
+)
 from checkpoint_engine.bench.peers import measure_peers
+from checkpoint_engine.bench.plan import measure_plan
 from checkpoint_engine.bench.updates import Updates
 from checkpoint_engine.bench.weights import SIZES, Size
 from checkpoint_engine.errors import UsageError
@@ -45,7 +56,13 @@ PEERS = (
     Ratio("p2p", "p2p", "bare p2p"),
     Ratio("p2p-4", "p2p from 4", "bare p2p from 4"),
 )
+PLANS = ("metas", "plan", "plan-memory")
+LINKS = ("link-broadcast", "link-p2p")
 
+LINE_BITS_PER_SECOND = 1e9
+LINK_BYTES = 128 << 20
+LINK_ROUNDS = 5
+PLAN_BYTES = 500e6
 WARMUPS = 4  # until the replica has its snapshot behind it, and a map of each pooled segment
 BROADCAST_WARMUPS = 2
 PEER_WARMUPS = 2
@@ -102,6 +119,9 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
         measured = measure_peers(num_bytes, rounds=rounds, warmups=PEER_WARMUPS, tell=tell)
         rows += [ratio.row(measured, num_bytes) for ratio in peers]
         samples |= measured
+    for names, measure in ((PLANS, _measure_plans), (LINKS, _measure_links)):
+        if not only or set(names) & set(only):
+            rows += [row for row in measure(rounds, tell) if not only or row.name in only]
     if not only or set(LOAD) & set(only):
         measured_rows, measured = _measure_load(rounds, tell)
         rows += [row for row in measured_rows if not only or row.name in only]
@@ -138,10 +158,38 @@ def _measure_load(rounds: int, tell: Tell) -> tuple[list[Row], Samples]:
         return measure_load(SIZES["small"], Path(folder), rounds=rounds, tell=tell)
 
 
+def _measure_plans(rounds: int, tell: Tell) -> list[Row]:
+    """A second and 500 MB are what a rank may take to plan for a very large fleet."""
+    samples, used = measure_plan(rounds=rounds, tell=tell)
+    memory = against("plan-memory", "memory", "500 MB", [float(used)], PLAN_BYTES, limit=1.0)
+    return [
+        against("metas", "metas", "one second", samples["metas"], 1.0),
+        against("plan", "plan", "one second", samples["plan"], 1.0, limit=1.0),
+        msgspec.structs.replace(memory, seconds=0.0, base_seconds=0.0),
+    ]
+
+
+def _measure_links(rounds: int, tell: Tell) -> list[Row]:
+    """Rates through a link of one Gbit, where this machine lets one be made."""
+    few, line = min(rounds, LINK_ROUNDS), 8 * LINK_BYTES / LINE_BITS_PER_SECOND
+    reach: dict[str, Any] = {"limit": 0.9, "at_least": True, "num_bytes": LINK_BYTES}
+    try:
+        with slow_link(LINE_BITS_PER_SECOND) as far:
+            broadcasts = measure_broadcast(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
+            reads = measure_peers(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
+    except UsageError as error:
+        tell(f"without the rows {', '.join(LINKS)}: {error}", 1, 1)
+        return []
+    return [
+        against("link-broadcast", "broadcast", "1 Gbit/s", broadcasts["broadcast"], line, **reach),
+        against("link-p2p", "p2p", "1 Gbit/s", reads["p2p"], line, **reach),
+    ]
+
+
 def _check(size: str, only: Collection[str]) -> None:
     if size not in SIZES:
         raise UsageError(f"--size is {' or '.join(SIZES)}, not {size!r}")
-    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS, *PEERS)), *LOAD]
+    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS, *PEERS)), *PLANS, *LINKS, *LOAD]
     unknown = sorted(set(only) - set(known))
     if unknown:
         raise UsageError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(known)}")

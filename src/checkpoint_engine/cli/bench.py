@@ -105,7 +105,8 @@ def _markdown(result: BenchResult) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     """What `COLUMNS` are."""
     limit = "" if row.limit is None else f"{'≥' if row.at_least else '≤'} {row.limit:g}"
-    rates = [row.num_bytes / seconds / 1e9 for seconds in (row.seconds, row.base_seconds)]
+    timed = [seconds for seconds in (row.seconds, row.base_seconds) if seconds]
+    rates = [row.num_bytes / seconds / 1e9 for seconds in timed]
     return (
         f"{row.ours} / {row.base}",
         f"{row.ratio:.2f}",
