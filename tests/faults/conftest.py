@@ -34,9 +34,9 @@ def start_toys() -> Iterator[Start]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # they never rest
 def toy_fleet(start_toys: Start) -> Iterator[Fleet]:
-    """Three replicas and one trainer, for all tests."""
+    """Three replicas and one trainer, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
     toys = Fleet(start_toys, folder, num_replicas=3)
     yield toys
@@ -44,9 +44,9 @@ def toy_fleet(start_toys: Start) -> Iterator[Fleet]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # they never rest
 def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
-    """Two replicas on two hosts, whose ranks share no memory, for all tests."""
+    """Two replicas on two hosts, whose ranks share no memory, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
     toys = Fleet(start_toys, folder, num_replicas=2, hosts=("a", "b"))
     yield toys
@@ -54,9 +54,9 @@ def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # they never rest
 def toy_streaming(start_toys: Start) -> Iterator[Fleet]:
-    """Three replicas that read versions from files while requests wait, for all tests."""
+    """Three replicas that read versions from files while requests wait, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
     toys = Fleet(start_toys, folder, num_replicas=3, streamed=True)
     yield toys

@@ -285,3 +285,20 @@ def test_there_is_nothing_to_join(
     server.unregister_checkpoint("v1")
     with pytest.raises(TransferError, match="no version that its peers could read"):
         other.join(metas, engines[1].request(), timeout=timedelta(seconds=20))
+
+
+def test_what_was_rolled_back_is_not_joined(
+    make_server: Callable[..., ParameterServer], engines: tuple[EngineProcess, EngineProcess]
+) -> None:
+    server, other = make_server(), make_server()
+    for name, seed in (("v1", 17), ("v2", 18)):
+        register(server, name, seed)
+        server.update(name, engines[0].request())
+    metas = server.get_metas()
+    server.rollback(engines[0].request())
+    assert engines[0].weights == digests(version(17))
+    with pytest.raises(TransferError, match="rolled back"):
+        other.join(metas, engines[1].request(), timeout=timedelta(seconds=20))
+    register(server, "v3", 19)
+    server.update("v3", engines[0].request())
+    assert other.join(metas, engines[1].request()).version == "v3"

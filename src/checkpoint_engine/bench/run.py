@@ -45,6 +45,7 @@ UPDATES = (
     Ratio("register", "register", "copy", 1.8),
     Ratio("files", "files", "update", 4.0, at_least=True),
     Ratio("trainer", "files", "register and update", 2.0, at_least=True),
+    Ratio("join", "join", "copy"),
     Ratio("copy-control", "copy again", "copy"),
 )
 LOAD = ("p50-updates", "p99-updates", "tokens", "p50-staging", "p99-staging", "p99-uncapped")

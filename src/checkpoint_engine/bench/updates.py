@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.adapters.live import LiveModel, Plan, write
 from checkpoint_engine.adapters.staged import Staged
+from checkpoint_engine.bench.joiner import joiner_process
 from checkpoint_engine.bench.measure import Operation, Stopwatch
 from checkpoint_engine.bench.replica import replica_process
 from checkpoint_engine.bench.weights import Size, make_model, parameters, save_folder
@@ -62,6 +63,7 @@ class Updates:
             stack.callback(self._server.close)
             self._requests = engine_requests([endpoint], rank=0, world_size=1)
             self._labels = (f"step-{number}" for number in itertools.count())
+            self._joiner = stack.enter_context(joiner_process(endpoint))
             self._file = self._folder / "model.safetensors"
             save_file(self._tensors_of_file(), self._file)
             self._plan = self._stage_here(stack)
@@ -86,6 +88,7 @@ class Updates:
             Operation(frozenset({"files"}), self._through_files),
             Operation(frozenset({"register", "update", "pause", "rollback"}), self._update),
             Operation(frozenset({"register and update"}), self._update_from_tensors),
+            Operation(frozenset({"join"}), self._join),
             Operation(frozenset({"copy again"}), lambda: self._copy("copy again")),
         ]
 
@@ -159,6 +162,11 @@ class Updates:
                 report = self._server.update(label, self._requests)
         _check(report)
         return watch.seconds
+
+    def _join(self) -> Mapping[str, float]:
+        """Another process reads what was published last, and brings the replica to it."""
+        self._update_from_tensors()
+        return {"join": self._joiner(self._server.get_metas())}
 
     def _train(self) -> None:
         """Change every weight."""

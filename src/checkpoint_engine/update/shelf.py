@@ -113,8 +113,9 @@ class Shelf:
             rank: this rank among those who took part.
             received: what this rank received into, if anything.
         """
-        if version.manifest is None:
-            return  # the engines went back to what they kept; whatever is here is another version
+        if version.manifest is None:  # the engines went back to what they kept, not to what is here
+            self.forget()
+            return
         own = version.metas[rank].segment
         segments = [found for found in (self._store.segment(own), received) if found is not None]
         segments = [found for found in segments if _leased(found)]
@@ -204,7 +205,10 @@ def ask(metas: Sequence[RankMeta]) -> Description:
             failures.append(f"rank {meta.rank}: {error}")
         else:
             if not found.metas:
-                raise TransferError("the source has no version that its peers could read")
+                raise TransferError(
+                    "the source has no version that its peers could read: it was unregistered, or "
+                    "rolled back; update from a checkpoint"
+                )
             return found
     raise TransferError(f"no source answers: {'; '.join(failures)}")
 
