@@ -92,7 +92,8 @@ class _Reading:
             if time.monotonic() > self.deadline:
                 raise DeadlineExceeded(f"{len(missing)} buckets were not read in time")
             routes = self._plan(missing, held, first)
-            with byte_workers(min(NUM_SOURCES_AT_ONCE, len(routes)), idle=True) as pool:
+            # Not idle: a source that waits for a starved reader looks like one that has stalled.
+            with byte_workers(min(NUM_SOURCES_AT_ONCE, len(routes))) as pool:
                 list(pool.map(self._read, routes, routes.values()))
         return sum(bucket.length for bucket in buckets)
 
