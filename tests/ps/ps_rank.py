@@ -148,7 +148,7 @@ class Rank:
 
         def told(reader: ZeroMqReader, way: Way, *arguments: Any) -> Iterator[Range]:
             for arrived in read(reader, way, *arguments):
-                say(event="arrived", source=way.address, place=arrived.place)
+                say(event="arrived", source=way.address, **msgspec.to_builtins(arrived))
                 yield arrived
 
         ZeroMqReader.read = told  # type: ignore[method-assign]
