@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import msgspec
@@ -27,7 +28,8 @@ from checkpoint_engine.errors import (
     ProtocolError,
     UsageError,
 )
-from checkpoint_engine.transport.line import Line, notice_lost_hosts
+from checkpoint_engine.transport.line import Line
+from checkpoint_engine.transport.responder import Responder
 from checkpoint_engine.transport.secret import Credentials
 
 __all__ = ["KeyClient", "KeyServer", "KeyStore", "LocalKeyStore"]
@@ -189,57 +191,34 @@ class KeyServer:
         self._admitted = credentials.client.public
         self._values = _Values()
         self._waits: dict[bytes, _Wait] = {}  # of each client the last
-        self._context = zmq.Context()
-        self._gate: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        self._responder = Responder(
+            name="ckpt-keys",
+            max_request_bytes=MAX_MESSAGE_BYTES,
+            private_key=credentials.server.private,
+        )
+        self._responder.socket.zap_domain = b"ckpt-engine"
+        self._gate = self._responder.context.socket(zmq.REP)
         self._gate.bind(ZAP)
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        notice_lost_hosts(self._socket)
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = credentials.server.private
-        self._socket.zap_domain = b"ckpt-engine"
-        try:
-            self._socket.bind(f"tcp://{address}:{port or '*'}")
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise UsageError(
-                f"cannot listen on {address}:{port}: {error}; check MASTER_ADDR and MASTER_PORT, "
-                "or set CKPT_ENGINE_ADDRESS to an address of this host"
-            ) from error
-        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.port = int(endpoint.rpartition(":")[2])
-        self.address = f"{address}:{self.port}"
-        self._closing = self._context.socket(zmq.PAIR)
-        self._closing.bind("inproc://close")
-        self._thread = threading.Thread(target=self._serve, name="ckpt-keys", daemon=True)
-        self._thread.start()
+        self._responder.start(
+            address,
+            self._respond,
+            port=port,
+            on_turn=self._expire,
+            milliseconds=self._next_milliseconds,
+            gate=(self._gate, self._admit),
+        )
+        self.address = self._responder.address
+        self.port = int(self.address.rpartition(":")[2])
 
     def close(self) -> None:
         """Stop listening, and forget all keys."""
-        if self._thread.is_alive():
-            self._closing.send(b"")
-            self._thread.join()
-        self._context.destroy(linger=0)
+        self._responder.close()
 
-    def _serve(self) -> None:
-        closing = self._context.socket(zmq.PAIR)
-        closing.connect("inproc://close")
-        poller = zmq.Poller()
-        for socket in (closing, self._gate, self._socket):
-            poller.register(socket, zmq.POLLIN)
-        while closing not in (ready := dict(poller.poll(self._next_milliseconds()))):
-            if self._gate in ready:
-                self._admit(self._gate.recv_multipart())
-            if self._socket in ready:
-                client, *frames = self._socket.recv_multipart()
-                if len(frames) == 1:
-                    self._perform(client, frames[0])
-            self._expire(time.monotonic())
-        for socket in (closing, self._gate, self._socket):
-            socket.close()
+    def _respond(self, client: bytes, frames: Sequence[bytes]) -> None:
+        if len(frames) == 1:
+            self._perform(client, frames[0])
 
-    def _admit(self, frames: list[bytes]) -> None:
+    def _admit(self, frames: Sequence[bytes]) -> None:
         """Answer ZeroMQ's question (RFC 27) whether a client of this key may come in."""
         version, request, _domain, _address, _identity, _mechanism, *keys = frames
         known = [zmq.utils.z85.encode(key) for key in keys] == [self._admitted]
@@ -283,7 +262,8 @@ class KeyServer:
                 del self._waits[client]
                 self._answer(client, wait.number, self._values.of[key])
 
-    def _expire(self, now: float) -> None:
+    def _expire(self) -> None:
+        now = time.monotonic()
         for client, wait in tuple(self._waits.items()):
             if wait.until <= now:
                 del self._waits[client]
@@ -298,7 +278,7 @@ class KeyServer:
 
     def _answer(self, client: bytes, number: int, value: bytes | None) -> None:
         answer = msgspec.msgpack.encode(Answer(number=number, value=value))
-        self._socket.send_multipart([client, answer])  # to nobody, if the client is gone
+        self._responder.send(client, answer)
 
 
 class KeyClient:

@@ -20,7 +20,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,11 +33,11 @@ from checkpoint_engine.errors import (
     HandoverError,
     ProtocolError,
     StoreError,
-    UsageError,
 )
 from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.line import Line
 from checkpoint_engine.transport.peer import Exporter, Way
+from checkpoint_engine.transport.responder import Responder
 from checkpoint_engine.transport.transports import exporters
 
 __all__ = ["Leased", "Peer", "PeerClient", "PeerServer"]
@@ -152,58 +152,39 @@ class PeerServer:
         self._exporters: list[Exporter] | None = None
         self._holders: dict[str, _Holder] = {}
         public, private = zmq.curve_keypair()
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = private
-        try:
-            port = self._socket.bind_to_random_port(f"tcp://{address}")
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise UsageError(
-                f"cannot listen on {address}: {error}; set CKPT_ENGINE_ADDRESS to an address of "
-                "this host"
-            ) from error
-        self.peer = Peer(
-            address=f"{address}:{port}", key=public.decode(), ticket=secrets.token_hex(32)
+        self._responder = Responder(
+            name="ckpt-peer", max_request_bytes=MAX_REQUEST_BYTES, private_key=private
         )
-        self._closing = self._context.socket(zmq.PAIR)
-        self._closing.bind("inproc://close")
-        self._thread = threading.Thread(target=self._serve, name="ckpt-peer", daemon=True)
-        self._thread.start()
+        self._responder.start(
+            address,
+            self._respond,
+            on_turn=self._expire,
+            milliseconds=lambda: 1000 * RENEW_SECONDS,
+            on_end=self._end_all,
+        )
+        ticket = secrets.token_hex(32)
+        self.peer = Peer(address=self._responder.address, key=public.decode(), ticket=ticket)
 
     def close(self) -> None:
         """Stop listening, and end every lease."""
-        if self._thread.is_alive():
-            self._closing.send(b"")
-            self._thread.join()
-        self._context.destroy(linger=0)
+        self._responder.close()
 
-    def _serve(self) -> None:
-        closing = self._context.socket(zmq.PAIR)
-        closing.connect("inproc://close")
-        poller = zmq.Poller()
-        poller.register(closing, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
-        while closing not in (ready := dict(poller.poll(1000 * RENEW_SECONDS))):
-            if self._socket in ready:
-                peer, *frames = self._socket.recv_multipart()
-                answer = self._answer(frames[0]) if len(frames) == 1 else None
-                if answer is not None:
-                    with contextlib.suppress(zmq.ZMQError):  # whoever asked is gone
-                        self._socket.send_multipart([peer, msgspec.msgpack.encode(answer)])
-            silent_since = time.monotonic() - LEASE_SECONDS
-            for name, holder in tuple(self._holders.items()):
-                if holder.heard_at < silent_since:
-                    self._end(name)
+    def _respond(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        answer = self._answer(frames[0]) if len(frames) == 1 else None
+        if answer is not None:
+            self._responder.send(peer, msgspec.msgpack.encode(answer))
+
+    def _expire(self) -> None:
+        silent_since = time.monotonic() - LEASE_SECONDS
+        for name, holder in tuple(self._holders.items()):
+            if holder.heard_at < silent_since:
+                self._end(name)
+
+    def _end_all(self) -> None:
         for name in tuple(self._holders):
             self._end(name)
         for exporter in self._exporters or ():
             exporter.close()
-        closing.close()
-        self._socket.close()
 
     def _answer(self, frame: bytes) -> Answer | None:
         """None for whoever does not know the ticket, or does not speak this."""

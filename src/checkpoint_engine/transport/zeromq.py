@@ -12,9 +12,7 @@ of one lease. The bytes travel in the clear, and are checked by whoever reads th
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -27,10 +25,12 @@ from checkpoint_engine.errors import (
     PeerLost,
     ProtocolError,
     TransferError,
+    UsageError,
 )
 from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.line import Line
 from checkpoint_engine.transport.peer import Range, Way
+from checkpoint_engine.transport.responder import Responder
 
 __all__ = ["ZeroMqExporter", "ZeroMqReader", "exporter", "missing", "preferred", "reader"]
 
@@ -53,27 +53,18 @@ class ZeroMqExporter:
     transport: ClassVar[str] = "zeromq"
 
     def __init__(self, address: str) -> None:
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
-        try:
-            port = self._socket.bind_to_random_port(f"tcp://{address}")
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise TransferError(f"cannot listen on {address}: {error}") from error
-        self._address = f"{address}:{port}"
         self._segments: dict[bytes, Segment] = {}
-        self._closing = self._context.socket(zmq.PAIR)
-        self._closing.bind("inproc://close")
-        self._thread = threading.Thread(target=self._serve, name="ckpt-peer-data", daemon=True)
-        self._thread.start()
+        self._responder = Responder(name="ckpt-peer-data", max_request_bytes=MAX_REQUEST_BYTES)
+        try:
+            self._responder.start(address, self._respond)
+        except UsageError as error:
+            raise TransferError(str(error)) from error
 
     def export(self, segment: Segment) -> Way:
         """A way with a new ticket; see `Exporter`."""
         ticket = secrets.token_bytes(16)
         self._segments[ticket] = segment
-        return Way(transport=self.transport, address=self._address, detail=ticket)
+        return Way(transport=self.transport, address=self._responder.address, detail=ticket)
 
     def withdraw(self, way: Way) -> None:
         """Forget the ticket; frames that are being sent go out as the bytes are by then."""
@@ -81,24 +72,11 @@ class ZeroMqExporter:
 
     def close(self) -> None:
         """End the thread and the socket."""
-        if self._thread.is_alive():
-            self._closing.send(b"")
-            self._thread.join()
+        self._responder.close()
         self._segments.clear()
-        self._context.destroy(linger=0)
 
-    def _serve(self) -> None:
-        closing = self._context.socket(zmq.PAIR)
-        closing.connect("inproc://close")
-        poller = zmq.Poller()
-        poller.register(closing, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
-        while closing not in dict(poller.poll()):
-            peer, *frames = self._socket.recv_multipart()
-            with contextlib.suppress(zmq.ZMQError):  # a reader that has gone wants no answer
-                self._socket.send_multipart([peer, *self._answer(frames)], copy=False)
-        closing.close()
-        self._socket.close()
+    def _respond(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        self._responder.send(peer, *self._answer(frames))
 
     def _answer(self, frames: Sequence[bytes]) -> list[bytes | memoryview]:
         """The request again and its bytes; the request alone if it is refused."""
