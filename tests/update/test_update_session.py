@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import msgspec
 import pytest
 from hypothesis import event, given, settings
@@ -211,6 +214,30 @@ def test_an_engine_that_times_out_by_itself_is_in_no_doubt(failing: str) -> None
     scene = Scene.make([failing], failure=DeadlineExceeded)
     scene.check(scene.play(scene.offer, APPLY, stop()))
     assert scene.adapter.undecided is None
+
+
+class View:
+    """Something that keeps the staged memory mapped."""
+
+
+def test_a_failure_keeps_no_view_of_what_was_staged() -> None:
+    """Its frames are in a cycle, as a pool's are, which lives until a collection."""
+    scene = Scene.make()
+    views: list[weakref.ref[View]] = []
+
+    def apply() -> None:
+        view = View()
+        views.append(weakref.ref(view))
+        cycle = AdapterError("half of it was written")
+        raise cycle
+
+    scene.adapter.apply = apply  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        assert scene.play(scene.offer, APPLY, stop()).state == "kept"
+        assert [view() for view in views] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_replica_that_cannot_get_back_is_torn_and_stays_paused() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -256,6 +257,9 @@ def _withdraw(
     cause: Exception = UpdateRefused(str(error)) if told else error
     failure = _return_to_base(adapter, progress)
     described = RemoteError.of(failure or cause, adapter.identity.replica)
+    for known in (error, failure):
+        if known is not None:  # views in its frames would hold the memory until a collection
+            traceback.clear_frames(known.__traceback__)
     withdrawn = Withdrawn(
         error=described,
         torn=failure is not None,
