@@ -53,7 +53,10 @@ def test_the_link_breaks_while_bytes_travel(hosts: Fleet, rank: int) -> None:
 def test_the_link_to_the_coordinator_breaks_while_replicas_are_paused(
     hosts: Fleet, breaks: str
 ) -> None:
-    """The rank beyond it hears no more; its replica returns to the base by itself."""
+    """The rank beyond it hears no more; its replica returns to the base by itself.
+
+    Where connections broke but the link is up, a rank may come back in time: then all go on.
+    """
     old = bring(hosts)
     hosts.arm("replica 1", "check", "stop")
     numbers = hosts.begin(hosts.register(), timeout=SHORT_SECONDS)
@@ -63,5 +66,8 @@ def test_the_link_to_the_coordinator_breaks_while_replicas_are_paused(
     hosts.replicas["replica 1"].signal(signal.SIGCONT)
     outcome = hosts.finish(numbers)
     assert outcome is not None
-    assert outcome["outcome"] in ("aborted", "rolled_back")
-    check_kept(hosts, old)
+    if breaks == "cut" and outcome["outcome"] == "published":
+        check_kept(hosts, hosts.newest)
+    else:
+        assert outcome["outcome"] in ("aborted", "rolled_back")
+        check_kept(hosts, old)

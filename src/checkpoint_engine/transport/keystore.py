@@ -25,6 +25,7 @@ from checkpoint_engine.errors import (
     MALFORMED,
     CheckpointEngineError,
     DeadlineExceeded,
+    PeerLost,
     ProtocolError,
     UsageError,
 )
@@ -38,6 +39,7 @@ MAX_VALUE_BYTES = 256 << 20
 MAX_MESSAGE_BYTES = MAX_VALUE_BYTES + (64 << 10)
 MAX_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 ANSWER_SECONDS = 10.0
+UNNOTICED_SECONDS = 1.0
 GRACE_SECONDS = 1.0  # for the answer that a wait was in vain
 SLOWEST_BYTES_PER_SECOND = 1e6
 ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may come in
@@ -350,7 +352,21 @@ class KeyClient:
         return self._num_requests
 
     def _ask(self, request: _Request, timeout_seconds: float) -> bytes | None:
-        deadline = time.monotonic() + timeout_seconds
+        """Ask; and once more over a new connection, where the old one had broken unnoticed.
+
+        A host that forgot a connection while nobody used it, as when the link was down, says so at
+        once when it is used again. Asking twice must be the same as asking once.
+        """
+        asked_at, is_new = time.monotonic(), self._line is None
+        try:
+            return self._ask_once(request, asked_at + timeout_seconds)
+        except PeerLost:
+            was_unnoticed = time.monotonic() - asked_at < UNNOTICED_SECONDS
+            if is_new or not was_unnoticed or isinstance(request, Add):
+                raise
+            return self._ask_once(request, asked_at + timeout_seconds)
+
+    def _ask_once(self, request: _Request, deadline: float) -> bytes | None:
         try:
             line = self._connected()
             line.socket.send(msgspec.msgpack.encode(request))
