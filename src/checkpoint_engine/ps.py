@@ -37,13 +37,13 @@ from checkpoint_engine.sources import JoinedSource, Source
 from checkpoint_engine.store import Store
 from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
-from checkpoint_engine.transport.sockets import socket_dir
+from checkpoint_engine.transport.sockets import own_host
 from checkpoint_engine.update.back import roll_back, watched
 from checkpoint_engine.update.conductor import Calls, Request
 from checkpoint_engine.update.coordinator import Policy
 from checkpoint_engine.update.group import Group
 from checkpoint_engine.update.probe import Probe
-from checkpoint_engine.update.protocol import Report, decode
+from checkpoint_engine.update.protocol import Report, decode, explain
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.shelf import Shelf
 from checkpoint_engine.update.streaming import Streams, check_modes
@@ -202,7 +202,7 @@ class ParameterServer:
         known = shard or stream
         meta = RankMeta(
             rank=self.rank,
-            host=_host(),
+            host=own_host(),
             address=self._door.address,
             device_uuid=device_uuid(index=self._device_index()),
             segment=shard.segment.name if shard else "",
@@ -418,7 +418,7 @@ class ParameterServer:
         published = any(replica.outcome.startswith("published") for replica in result.replicas)
         refused = result.reason is not None and result.reason.where == "probe"
         if result.outcome != "published" or not published or refused:
-            raise UpdateFailed(_explain(result), result)
+            raise UpdateFailed(explain(result), result)
         return result
 
     def _chosen(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
@@ -488,23 +488,3 @@ def _budget_bytes() -> int | None:
     if configured is not None and not configured.isdigit():
         raise UsageError(f"CKPT_ENGINE_MEMORY_BYTES={configured!r} is not a number of bytes")
     return int(configured) if configured else None
-
-
-def _host() -> str:
-    """Equal for processes that can reach each other's sockets, and so hand over descriptors."""
-    if configured := os.environ.get("CKPT_ENGINE_HOST"):
-        return configured
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    folder = socket_dir().stat()
-    return f"{boot}-{folder.st_dev}-{folder.st_ino}"
-
-
-def _explain(report: Report) -> str:
-    """The first cause in one line, then what became of each replica, then the remote traceback."""
-    reason = report.reason
-    first = reason or "recorded, but no replica lived to confirm it"
-    lines = [f"update to {report.version!r} {report.outcome.replace('_', ' ')}: {first}"]
-    lines += [f"  {replica.name}: {replica.outcome}" for replica in report.replicas]
-    if reason is not None and reason.traceback:
-        lines += [f"remote traceback ({reason.where}):", reason.traceback.rstrip()]
-    return "\n".join(lines)

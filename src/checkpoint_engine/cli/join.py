@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from checkpoint_engine.cli.console import working
-from checkpoint_engine.cli.update import reach, show_report
+from checkpoint_engine.cli.update import reach, requests_of, show_report
 
 __all__ = ["join"]
 
@@ -30,7 +30,6 @@ def join(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Bring engines to what another server has published, reading it from its ranks."""
-    from checkpoint_engine.calls import engine_requests
     from checkpoint_engine.ps import ParameterServer
     from checkpoint_engine.update.metas import load_metas_file as load
 
@@ -38,14 +37,7 @@ def join(
     metas = load(load_metas_file)
     server = ParameterServer()
     try:
-        requests = engine_requests(
-            endpoints,
-            rank=server.rank,
-            world_size=server.world_size,
-            inference_parallel_size=inference_parallel_size,
-            timeout_seconds=timeout,
-            uds=uds,
-        )
+        requests = requests_of(server, endpoints, inference_parallel_size, timeout, uds)
         with working("waiting for engines and reading from peers", server.rank == 0):
             if requests:
                 reach(endpoints, uds)

@@ -18,10 +18,12 @@ from checkpoint_engine.cli.console import new_table, out, print_json, printable,
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 
 if TYPE_CHECKING:
+    from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.update.conductor import Request
     from checkpoint_engine.update.probe import Probe
     from checkpoint_engine.update.protocol import Report
 
-__all__ = ["reach", "show_report", "update"]
+__all__ = ["reach", "requests_of", "show_report", "update"]
 
 # Whether each of a method's updates is read from peers.
 METHODS = {"broadcast": (False,), "p2p": (True,), "all": (False, True)}
@@ -94,21 +96,13 @@ def update(
         raise UsageError(f"{report}: its folder does not exist")
     endpoints = endpoint or ["http://localhost:19730"]
 
-    from checkpoint_engine.calls import engine_requests
     from checkpoint_engine.ps import ParameterServer
     from checkpoint_engine.sources import SafetensorsSource, Share, safetensors_files
     from checkpoint_engine.update.metas import save_metas_file as save
 
     server = ParameterServer()
     try:
-        requests = engine_requests(
-            endpoints,
-            rank=server.rank,
-            world_size=server.world_size,
-            inference_parallel_size=inference_parallel_size,
-            timeout_seconds=timeout,
-            uds=uds,
-        )
+        requests = requests_of(server, endpoints, inference_parallel_size, timeout, uds)
         with working(f"reading {checkpoint_path}", server.rank == 0):
             source = SafetensorsSource(safetensors_files(checkpoint_path))
             part = Share(source, server.rank, server.world_size)
@@ -143,6 +137,26 @@ def update(
         raise
     finally:
         server.close()
+
+
+def requests_of(
+    server: ParameterServer,
+    endpoints: Sequence[str],
+    inference_parallel_size: int,
+    timeout_seconds: float,
+    uds: str | None,
+) -> list[Request]:
+    """The calls of the engines that this rank leads."""
+    from checkpoint_engine.calls import engine_requests
+
+    return engine_requests(
+        endpoints,
+        rank=server.rank,
+        world_size=server.world_size,
+        inference_parallel_size=inference_parallel_size,
+        timeout_seconds=timeout_seconds,
+        uds=uds,
+    )
 
 
 def reach(endpoints: Sequence[str], uds: str | None) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from checkpoint_engine.errors import HandoverError
 
-__all__ = ["SCHEME", "check_peer", "connect", "listen", "socket_dir"]
+__all__ = ["SCHEME", "check_peer", "connect", "listen", "own_host", "socket_dir"]
 
 SCHEME = "ipc://"
 MAX_PATH_BYTES = 100
@@ -62,6 +62,18 @@ def socket_dir() -> Path:
     if len(os.fsencode(folder)) + len("/0123456789abcdef") > MAX_PATH_BYTES:
         raise HandoverError(f"{folder}: the path is too long; set CKPT_ENGINE_SOCKET_DIR")
     return folder
+
+
+def own_host() -> str:
+    """Equal for processes that can reach each other's sockets, and so hand over descriptors.
+
+    `$CKPT_ENGINE_HOST`, else of this boot of the kernel and of the folder of sockets.
+    """
+    if configured := os.environ.get("CKPT_ENGINE_HOST"):
+        return configured
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    folder = socket_dir().stat()
+    return f"{boot}-{folder.st_dev}-{folder.st_ino}"
 
 
 def listen() -> tuple[socket.socket, str]:

@@ -54,6 +54,7 @@ __all__ = [
     "Voted",
     "Withdrawn",
     "decode",
+    "explain",
 ]
 
 PROTOCOL = 1
@@ -361,3 +362,14 @@ def decode(data: bytes, kind: Any) -> Any:
         return msgspec.msgpack.decode(data, type=kind)
     except MALFORMED as error:
         raise ProtocolError(f"a malformed message of another rank: {error}") from error
+
+
+def explain(report: Report) -> str:
+    """The first cause in one line, then what became of each replica, then the remote traceback."""
+    reason = report.reason
+    first = reason or "recorded, but no replica lived to confirm it"
+    lines = [f"update to {report.version!r} {report.outcome.replace('_', ' ')}: {first}"]
+    lines += [f"  {replica.name}: {replica.outcome}" for replica in report.replicas]
+    if reason is not None and reason.traceback:
+        lines += [f"remote traceback ({reason.where}):", reason.traceback.rstrip()]
+    return "\n".join(lines)
