@@ -301,7 +301,7 @@ class PeerClient:
         """Return the leases, and disconnect."""
         self._closed.set()
         if self._renewing is not None:
-            self._renewing.join()
+            self._renewing.join(self._timeout_seconds)  # of the answer that it waits for
         self._line.socket.setsockopt(zmq.LINGER, GOODBYE_MILLISECONDS)
         for lease in self._leases:
             self._send(Return, lease=lease)
