@@ -177,6 +177,16 @@ class Child(Talker):
         self.close()
 
 
+def call_all(children: Sequence[Talker], do: str, **arguments: Any) -> list[Any]:
+    """The same command on every rank; an argument that is a list has a value for each."""
+
+    def own(index: int) -> dict[str, Any]:
+        return {k: v[index] if isinstance(v, list) else v for k, v in arguments.items()}
+
+    numbers = [child.send(do, **own(index)) for index, child in enumerate(children)]
+    return [child.result(number) for child, number in zip(children, numbers, strict=True)]
+
+
 def python_path() -> dict[str, str]:
     """The variable with which a script in a folder of the tests finds this module."""
     known = os.environ.get("PYTHONPATH")

@@ -51,6 +51,7 @@ def main(port: str) -> None:
         except TransferError as error:
             answer = f"TransferError: {error}"
         print(answer, flush=True)
+    rendezvous.close()  # rank 0 waits for that before it leaves
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import subprocess
@@ -71,7 +72,13 @@ def start_member(port: int) -> Iterator[Callable[[], Member]]:
     yield start
     for member in members:
         with member.process:
-            member.process.kill()
+            assert member.process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                member.process.stdin.close()  # it leaves, which its rank 0 waits for
+            try:
+                member.process.wait(10)
+            except subprocess.TimeoutExpired:
+                member.process.kill()
 
 
 def meet(collective: Collective, member: Member, name: str) -> None:

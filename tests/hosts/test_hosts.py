@@ -5,12 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from network import Host, Network
 
-from children import Child, wait_until
+from children import Child, call_all, wait_until
 
 LAUNCHER_PORT = 29500
 SECRET = "of all ranks of these tests"
@@ -56,7 +55,7 @@ def start(network: Network, folder: Path) -> Iterator[Start]:
             for number, host in enumerate(hosts)
         ]
         started.extend(ranks)
-        assert together(ranks, "meet") == [[n, len(hosts)] for n in range(len(hosts))]
+        assert call_all(ranks, "meet") == [[n, len(hosts)] for n in range(len(hosts))]
         return ranks
 
     yield on
@@ -74,11 +73,6 @@ def _torchrun(number: int, hosts: tuple[Host, ...]) -> list[str]:
         "--nproc-per-node=1", f"--master-addr={hosts[0].address}",
         f"--master-port={LAUNCHER_PORT}",
     ]  # fmt: skip
-
-
-def together(ranks: list[Child], do: str, **arguments: Any) -> list[Any]:
-    numbers = [rank.send(do, **arguments) for rank in ranks]
-    return [rank.result(number) for rank, number in zip(ranks, numbers, strict=True)]
 
 
 def register(ranks: list[Child], name: str, num_tensors: int) -> dict[str, str]:
@@ -99,9 +93,9 @@ def register(ranks: list[Child], name: str, num_tensors: int) -> dict[str, str]:
 def bring(ranks: list[Child], name: str, num_tensors: int) -> dict[str, str]:
     """An update that succeeds; returns what is served now."""
     whole = register(ranks, name, num_tensors)
-    outcomes = together(ranks, "update", name=name)
+    outcomes = call_all(ranks, "update", name=name)
     assert [one["outcome"] for one in outcomes] == ["published"] * len(ranks), outcomes
-    assert together(ranks, "weights") == [whole] * len(ranks)
+    assert call_all(ranks, "weights") == [whole] * len(ranks)
     return whole
 
 
@@ -139,7 +133,7 @@ def test_two_hosts_one_that_joins_and_a_link_that_is_lost_and_comes_back(
     assert ranks[0].result(numbers[0])["outcome"] == "aborted"
     with pytest.raises(RuntimeError, match=r"PeerLost|DeadlineExceeded"):
         ranks[1].result(numbers[1])
-    assert together(ranks, "weights") == [served] * 2
+    assert call_all(ranks, "weights") == [served] * 2
     far.up()
     bring(ranks, "v2", num_tensors=5)
 
@@ -150,8 +144,8 @@ def test_four_hosts_of_which_one_is_lost_in_the_middle_of_an_update(
     ranks = start(*network.hosts)
     served = bring(ranks, "v1", num_tensors=8)
     register(ranks, "lost", num_tensors=24)
-    numbers = begin_update(ranks, "lost", network.hosts)
+    numbers = begin_update(ranks, "lost", network.hosts, timeout=12.0)
     network.hosts[3].kill()
     outcomes = [rank.result(n) for rank, n in zip(ranks[:3], numbers[:3], strict=True)]
     assert [one["outcome"] for one in outcomes] == ["aborted"] * 3
-    assert together(ranks[:3], "weights") == [served] * 3
+    assert call_all(ranks[:3], "weights") == [served] * 3

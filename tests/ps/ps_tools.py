@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint_engine.ps import ParameterServer
-from children import Child
+from children import Child, call_all, free_port
 
 HERE = Path(__file__).parent
 DEVICE = f"GPU-{platform.machine()}"
@@ -71,3 +72,23 @@ class EngineProcess(Child):
     def weights(self) -> dict[str, str]:
         """Digests of what it serves."""
         return self.call("weights")
+
+
+def rank_processes(stack: ExitStack, hosts: Sequence[str]) -> list[Child]:
+    """The ranks of one server, each on the host that is named for it; they have met."""
+    port = free_port()
+    ranks = [
+        stack.enter_context(
+            Child(
+                "ps/ps_rank.py",
+                RANK=str(rank),
+                WORLD_SIZE=str(len(hosts)),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port - 1),
+                CKPT_ENGINE_HOST=host,
+            )
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    assert call_all(ranks, "meet") == [[rank, len(hosts)] for rank in range(len(hosts))]
+    return ranks

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ps_tools import EngineProcess, digests, register, version
+from ps_tools import EngineProcess, digests, rank_processes, register, version
 
 from checkpoint_engine.errors import TransferError
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.update.metas import load_metas_file, save_metas_file
-from children import Child, free_port, wait_until
+from children import Child, call_all, wait_until
 
 Start = Callable[..., list[Child]]
 LARGE = 40  # tensors, in about five buckets
@@ -30,32 +29,13 @@ def start(socket_folder: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def ranks_on(*hosts: str) -> list[Child]:
-            port = free_port()
-            ranks = [
-                stack.enter_context(
-                    Child(
-                        "ps/ps_rank.py",
-                        RANK=str(rank),
-                        WORLD_SIZE=str(len(hosts)),
-                        MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=str(port - 1),
-                        CKPT_ENGINE_HOST=host,
-                    )
-                )
-                for rank, host in enumerate(hosts)
-            ]
-            together(ranks, "meet")
+            ranks = rank_processes(stack, hosts)
             started.extend(ranks)
             return ranks
 
         yield ranks_on
         for rank in started:  # some do not listen
             rank.kill()
-
-
-def together(ranks: list[Child], do: str, **arguments: Any) -> list[Any]:
-    numbers = [rank.send(do, **arguments) for rank in ranks]
-    return [rank.result(number) for rank, number in zip(ranks, numbers, strict=True)]
 
 
 def block(ranks: list[Child], seconds: float = 60.0) -> None:
@@ -78,9 +58,9 @@ def arrivals(child: Child) -> list[tuple[str, int]]:
 
 def test_ranks_read_from_others_whose_threads_do_something_else(start: Start) -> None:
     ranks = start("a", "b", "c")
-    together(ranks, "register", name="old", seed=1)
-    assert {one["outcome"] for one in together(ranks, "update", name="old")} == {"published"}
-    whole = together(ranks, "register_large", name="new", seed=2, num_tensors=LARGE)[0]
+    call_all(ranks, "register", name="old", seed=1)
+    assert {one["outcome"] for one in call_all(ranks, "update", name="old")} == {"published"}
+    whole = call_all(ranks, "register_large", name="new", seed=2, num_tensors=LARGE)[0]
     block([ranks[0], ranks[2]])
     outcome = ranks[1].call("update", name="new", ranks=[1])
     assert (outcome["outcome"], outcome["error"]) == ("published", None)
@@ -90,7 +70,7 @@ def test_ranks_read_from_others_whose_threads_do_something_else(start: Start) ->
 
 def test_who_is_not_among_the_ranks_does_not_wait_and_calls_nobody(start: Start) -> None:
     ranks = start("a", "b")
-    together(ranks, "register", name="new", seed=3)
+    call_all(ranks, "register", name="new", seed=3)
     outcome = ranks[0].call("update", name="new", ranks=[1])
     assert (outcome["outcome"], outcome["replicas"]) == ("not_taking_part", [])
     assert ranks[1].call("update", name="new", ranks=[1])["outcome"] == "published"
@@ -104,12 +84,12 @@ def test_every_rank_of_a_host_reads_its_share(start: Start) -> None:
     source = start("a")
     whole = source[0].call("register_large", name="v", seed=4, num_tensors=LARGE)
     readers = start("b", "b")
-    together(readers, "load_metas", metas=source[0].call("metas"))
+    call_all(readers, "load_metas", metas=source[0].call("metas"))
     for reader in readers:
         reader.call("read_at", bytes_per_second=1 << 40)
-    outcomes = together(readers, "update", name="loaded")
+    outcomes = call_all(readers, "update", name="loaded")
     assert [outcome["outcome"] for outcome in outcomes] == ["published"] * 2
-    assert together(readers, "weights") == [whole] * 2
+    assert call_all(readers, "weights") == [whole] * 2
     first, second = (len(arrivals(reader)) for reader in readers)
     assert abs(first - second) <= 1
     assert first + second == 6, "the five buckets are cut once, so that both read the same"
@@ -120,7 +100,7 @@ def test_every_rank_of_a_host_reads_its_share(start: Start) -> None:
 
 def test_a_new_instance_reads_from_all_who_have_it(start: Start) -> None:
     sources = start("a", "b", "c", "d")
-    whole = together(sources, "register_large", name="v1", seed=5, num_tensors=LARGE)[0]
+    whole = call_all(sources, "register_large", name="v1", seed=5, num_tensors=LARGE)[0]
     block(sources[1:])
     (reader,) = start("e")
     reader.call("read_at", bytes_per_second=1 << 40)
@@ -150,7 +130,7 @@ def test_a_new_instance_reads_through_a_library(
 
 def test_a_source_that_dies_is_replaced_and_what_it_gave_is_not_read_again(start: Start) -> None:
     sources = start("a", "b", "c")
-    whole = together(sources, "register_large", name="v1", seed=6, num_tensors=64)[0]
+    whole = call_all(sources, "register_large", name="v1", seed=6, num_tensors=64)[0]
     metas = sources[0].call("metas")
     (reader,) = start("d")
     reader.call("read_at", bytes_per_second=100_000_000)
@@ -167,7 +147,7 @@ def test_a_source_with_bad_memory_is_replaced_and_named_if_nobody_else_has_it(
     start: Start,
 ) -> None:
     sources = start("a", "b")
-    whole = together(sources, "register_large", name="v1", seed=7, num_tensors=LARGE)[0]
+    whole = call_all(sources, "register_large", name="v1", seed=7, num_tensors=LARGE)[0]
     sources[0].call("flip", name="v1")
     (reader,) = start("c")
     metas = sources[0].call("metas")
@@ -211,7 +191,7 @@ def test_hosts_that_received_a_version_are_sources_of_it(start: Start) -> None:
     names = [ranks[n].send("register", name="v1", seed=11, share=[n, 2]) for n in range(2)]
     for rank, number in zip(ranks, names, strict=True):
         rank.result(number)
-    assert {one["outcome"] for one in together(ranks, "update", name="v1")} == {"published"}
+    assert {one["outcome"] for one in call_all(ranks, "update", name="v1")} == {"published"}
     metas = ranks[1].call("metas")
     ranks[0].kill()
     (reader,) = start("c")

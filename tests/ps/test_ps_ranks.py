@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from ps_tools import digests, version
+from ps_tools import digests, rank_processes, version
 
-from children import Child, free_port
+from children import Child, call_all, free_port
 
 Ranks = list[Child]
-
-
-def call_all(children: Sequence[Child], do: str, **arguments: Any) -> list[Any]:
-    """The same command on every rank; an argument that is a list has a value for each."""
-
-    def own(index: int) -> dict[str, Any]:
-        return {k: v[index] if isinstance(v, list) else v for k, v in arguments.items()}
-
-    numbers = [child.send(do, **own(index)) for index, child in enumerate(children)]
-    return [child.result(number) for child, number in zip(children, numbers, strict=True)]
 
 
 @pytest.fixture(scope="session")
@@ -31,23 +21,8 @@ def start_ranks(socket_folder: Any) -> Iterator[Callable[..., Ranks]]:
     with ExitStack() as stack:
 
         def start(*hosts: str) -> Ranks:
-            port = free_port()
-            ranks: Ranks = [
-                stack.enter_context(
-                    Child(
-                        "ps/ps_rank.py",
-                        RANK=str(rank),
-                        WORLD_SIZE=str(len(hosts)),
-                        MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=str(port - 1),
-                        CKPT_ENGINE_HOST=host,
-                    )
-                )
-                for rank, host in enumerate(hosts)
-            ]
+            ranks = rank_processes(stack, hosts)
             started.extend(ranks)
-            met = call_all(ranks, "meet")
-            assert met == [[rank, len(hosts)] for rank in range(len(hosts))]
             return ranks
 
         yield start

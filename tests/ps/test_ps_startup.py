@@ -25,7 +25,7 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.replica.replica import load_replica
 from checkpoint_engine.update.metas import save_metas_file
-from children import Child
+from children import Child, call_all
 
 Publish = Callable[..., str]
 
@@ -72,11 +72,6 @@ def start_ranks() -> Iterator[Callable[..., list[Child]]]:
             rank.kill()
 
 
-def together(ranks: list[Child], do: str, **arguments: object) -> list[object]:
-    numbers = [rank.send(do, **arguments) for rank in ranks]
-    return [rank.result(number) for rank, number in zip(ranks, numbers, strict=True)]
-
-
 def num_leases(server: ParameterServer) -> int:
     return sum(segment.num_leases for segment in server._store._segments)
 
@@ -108,16 +103,16 @@ def test_ranks_of_a_host_read_a_checkpoint_at_once_and_each_byte_once(
     for number, name in enumerate(tensors):  # several files, neither of them one rank's
         save_file({name: tensors[name]}, tmp_path / f"part-{number // 4}-{number}.safetensors")
     ranks = start_ranks("a")
-    together(ranks, "meet")
+    call_all(ranks, "meet")
     halted = ranks[1].send("register_share", name="v1", folder=str(tmp_path), halting=True)
     ranks[1].wait_for("reading")
     first = ranks[0].call("register_share", name="v1", folder=str(tmp_path))
     assert not ranks[1].has_answered(halted), "it is in the middle of reading"
     ranks[1].send("go")
     second = ranks[1].result(halted)
-    together(ranks, "gather", name="v1")
-    together(ranks, "update", name="v1")
-    assert together(ranks, "weights") == [digests(tensors)] * 2
+    call_all(ranks, "gather", name="v1")
+    call_all(ranks, "update", name="v1")
+    assert call_all(ranks, "weights") == [digests(tensors)] * 2
     whole = sum(tensor.nbytes for tensor in tensors.values())
     assert whole <= first + second < whole + 64_000, "with what is read besides, such as this"
     assert abs(first - second) <= 64_000
@@ -176,9 +171,9 @@ def test_workers_of_one_engine_read_each_byte_once(
     tensors = large_version(6, num_tensors=24)
     url = publish("v1", tensors)
     workers = start_ranks("b")
-    together(workers, "read_at", bytes_per_second=1 << 40)
-    together(workers, "connect", url=url)
-    assert together(workers, "weights") == [digests(tensors)] * 2
+    call_all(workers, "read_at", bytes_per_second=1 << 40)
+    call_all(workers, "connect", url=url)
+    assert call_all(workers, "weights") == [digests(tensors)] * 2
     arrived = [
         sum(heard["length"] for heard in worker._heard if heard.get("event") == "arrived")
         for worker in workers

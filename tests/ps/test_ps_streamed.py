@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from ps_replicas import ReplicaProcess, save_model, weights
-from ps_tools import EngineProcess, digests, version
+from ps_tools import EngineProcess, digests, rank_processes, version
 from safetensors.torch import load_file, save_file
-from test_ps_ranks import call_all
 from test_ps_replicas import calls, check_serves, is_paused
 
 from checkpoint_engine.errors import UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.update.streaming import check_modes
-from children import Child, free_port, wait_until
+from children import Child, call_all, free_port, wait_until
 from replica_nursery import Nursery
 
 Engines = tuple[EngineProcess, EngineProcess]
@@ -230,17 +230,9 @@ def test_a_file_that_was_written_into_changes_nothing(
 
 @pytest.fixture(params=["one host", "two hosts"])
 def pair(request: pytest.FixtureRequest, socket_folder: Path) -> Iterator[list[Child]]:
-    port = str(free_port() - 1)
     hosts = ("a", "a") if request.param == "one host" else ("a", "b")
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = [
-        Child("ps/ps_rank.py", RANK=str(rank), CKPT_ENGINE_HOST=host, **variables)
-        for rank, host in enumerate(hosts)
-    ]
-    call_all(children, "meet")
-    yield children
-    for child in children:
-        child.close()
+    with ExitStack() as stack:
+        yield rank_processes(stack, hosts)
 
 
 def test_ranks_that_digest_a_share_each_stream_the_whole(
