@@ -35,7 +35,7 @@ def test_the_folder_is_made_for_this_user_alone(socket_folder: Path) -> None:
     assert socket_dir() == socket_folder, "again"
 
 
-def test_where_it_is_without_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CKPT_ENGINE_SOCKET_DIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
