@@ -85,7 +85,7 @@ class ParameterServer:
             )
         self._rendezvous = Rendezvous.of_environment(rank, world_size, master_addr, master_port)
         self._auto_pg, self._gpu_count = auto_pg, gpu_count
-        self._store = Store(budget_bytes=_budget_bytes())
+        self._store = Store.of_environment()
         self._streams = Streams()
         self._door = Door(self._store.segment, self._streams.files)
         self._shelf = Shelf(self._store)
@@ -95,6 +95,7 @@ class ParameterServer:
         self._group_stores: list[GroupStore] = []
         self._version: Version | None = None
         self._name: str | None = None
+        self._mode = "auto"
 
     @property
     def rank(self) -> int:
@@ -192,7 +193,7 @@ class ParameterServer:
         metas = self._gather(checkpoint_name, self._rendezvous)
         check_modes(metas)
         self._version = Version.of(metas)
-        self._name = checkpoint_name
+        self._name, self._mode = checkpoint_name, "auto"
         self._shelf.offer(checkpoint_name, self._version)
 
     def _gather(self, checkpoint_name: str | None, rendezvous: Rendezvous) -> list[RankMeta]:
@@ -219,10 +220,17 @@ class ParameterServer:
         version = self._gathered()
         return {meta.rank: msgspec.to_builtins(meta) for meta in version.sources}
 
-    def load_metas(self, metas: Mapping[int, Any] | Mapping[str, Any]) -> None:
+    def load_metas(
+        self, metas: Mapping[int, Any] | Mapping[str, Any], *, mode: str = "auto"
+    ) -> None:
         """Take what `get_metas` gave, here or in another server; JSON may have made its keys text.
 
         What another server has is read from its ranks by the next `update`, as from peers.
+
+        Args:
+            metas: as `get_metas` gave them.
+            mode: "staged" reads once, into memory; "streamed" has each engine read for itself while
+                requests wait; "auto" streams where memory lacks to stage.
 
         Raises:
             ManifestError: it is malformed or contradicts itself.
@@ -237,7 +245,7 @@ class ParameterServer:
         version = Version.of(decoded)
         if self._is_own(version) and len(decoded) != self.world_size:
             raise UsageError(f"these are the metas of {len(decoded)} of {self.world_size} ranks")
-        self._version, self._name = version, None
+        self._version, self._name, self._mode = version, None, mode
 
     def update(
         self,
@@ -284,6 +292,7 @@ class ParameterServer:
             UsageError: the checkpoint was not gathered.
         """
         policy, calls = Policy(on_failure, min_replicas, require_rollback), Calls.of(req_func)
+        seconds = timeout.total_seconds()
         _check_report_file(report)
         chosen = self._chosen(ranks)
         if self.rank not in chosen:
@@ -291,7 +300,8 @@ class ParameterServer:
         with self._lock, self._leased(checkpoint_name):
             group, version = self._group(chosen), self._gathered(checkpoint_name)
             if ranks is not None or not self._is_own(version):
-                version = group.read_from_peers(version, self._taking_part(version, chosen, group))
+                metas = self._taking_part(version, chosen, group)
+                version = group.read_from_peers(version, metas, self._mode)
             elif not self._auto_pg and len(version.hosts.names) > 1:
                 raise UsageError("auto_pg is off: call init_process_group before update")
             result = group.conduct(
@@ -299,13 +309,12 @@ class ParameterServer:
                 weight_version or checkpoint_name,
                 calls,
                 policy=policy,
-                timeout_seconds=timeout.total_seconds(),
+                timeout_seconds=seconds,
                 base=base,
             )
             if probe is not None and result.outcome == "published":
-                probe = probe if isinstance(probe, Probe) else Probe(probe)
-                metas = version.metas
-                result = watched(group, result, probe, metas, calls, timeout.total_seconds())
+                asked = probe if isinstance(probe, Probe) else Probe(probe)
+                result = watched(group, result, asked, version.metas, calls, seconds)
         return self._ended(result, report)
 
     def rollback(
@@ -344,6 +353,7 @@ class ParameterServer:
         metas: Mapping[int, Any] | Mapping[str, Any],
         req_func: Request | Sequence[Request],
         *,
+        mode: str = "auto",
         timeout: timedelta = timedelta(minutes=10),
         report: str | os.PathLike[str] | None = None,
     ) -> Report:
@@ -355,6 +365,7 @@ class ParameterServer:
         Args:
             metas: what that server's `get_metas` gave, at any time since it started.
             req_func: as for `update`.
+            mode: as for `load_metas`.
             timeout: for all of it.
             report: file to write the last report to, as JSON, on rank 0.
 
@@ -364,7 +375,7 @@ class ParameterServer:
             DeadlineExceeded: it published faster than the engines could follow.
         """
         deadline = time.monotonic() + timeout.total_seconds()
-        self.load_metas(metas)
+        self.load_metas(metas, mode=mode)
         sources, group = self._gathered().sources, self._group(range(self.world_size))
         result: Report | None = None
         has_tried = False
@@ -481,10 +492,3 @@ class ParameterServer:
 def _check_report_file(file: str | os.PathLike[str] | None) -> None:
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise UsageError(f"{file}: the report's folder does not exist")
-
-
-def _budget_bytes() -> int | None:
-    configured = os.environ.get("CKPT_ENGINE_MEMORY_BYTES")
-    if configured is not None and not configured.isdigit():
-        raise UsageError(f"CKPT_ENGINE_MEMORY_BYTES={configured!r} is not a number of bytes")
-    return int(configured) if configured else None

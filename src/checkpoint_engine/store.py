@@ -33,7 +33,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint_engine.codec.digest import PIECE_BYTES, digest_pieces
-from checkpoint_engine.errors import StoreError
+from checkpoint_engine.errors import StoreError, UsageError
 from checkpoint_engine.manifest import Chunk, Manifest, TensorMeta, align, cut_chunks
 from checkpoint_engine.memory import MADV_POPULATE_WRITE, Pace, byte_workers, fault_in
 from checkpoint_engine.plan.buckets import Bucket, plan_buckets
@@ -168,6 +168,18 @@ class Store:
         self._coming: set[str] = set()
         self._closed = False
 
+    @classmethod
+    def of_environment(cls) -> Store:
+        """One with the budget of `$CKPT_ENGINE_MEMORY_BYTES`, if that is set.
+
+        Raises:
+            UsageError: it is no number.
+        """
+        configured = os.environ.get("CKPT_ENGINE_MEMORY_BYTES")
+        if configured is not None and not configured.isdigit():
+            raise UsageError(f"CKPT_ENGINE_MEMORY_BYTES={configured!r} is not a number of bytes")
+        return cls(budget_bytes=int(configured) if configured else None)
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all segments, used or kept for reuse."""
@@ -244,11 +256,16 @@ class Store:
             segment.acquire()
             return segment
 
-    def lack(self, num_bytes: int, *, pooled: bool) -> str:
+    def lack(self, num_bytes: int, *, pooled: bool, num_sharing: int = 1) -> str:
         """Why a version of so many bytes is better not staged here; "" if it may be.
 
         A host that stages keeps two copies beside the engines: the new version, and the one to go
         back to. Memory that is allocated already is one of them, or is used again.
+
+        Args:
+            num_bytes: to be allocated here.
+            pooled: as `allocate`.
+            num_sharing: processes of this host that will allocate, and have allocated, as much.
         """
         with self._lock:
             used = self.allocated_bytes
@@ -259,8 +276,9 @@ class Store:
         free, budget = _available_bytes(), self._budget_bytes
         if budget is not None and num_bytes > budget - used:
             return f"{_size(num_bytes)} do not fit in the {_size(budget - used)} left of the budget"
-        if num_bytes > free or 2 * num_bytes > free + used:
-            return f"{_size(num_bytes)} do not fit twice in {_size(free + used)} of memory"
+        needed, room = num_sharing * num_bytes, free + num_sharing * used
+        if needed > free or 2 * needed > room:
+            return f"{_size(needed)} do not fit twice in {_size(room)} of memory"
         return ""
 
     def unregister(self, label: str, *, force: bool = False) -> None:

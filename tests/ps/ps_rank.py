@@ -126,9 +126,9 @@ class Rank:
         assert self.server is not None
         return self.server.get_metas()
 
-    def load_metas(self, metas: dict[str, Any]) -> None:
+    def load_metas(self, metas: dict[str, Any], mode: str = "auto") -> None:
         assert self.server is not None
-        self.server.load_metas(metas)
+        self.server.load_metas(metas, mode=mode)
 
     def join(self, metas: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
         """Follow another server until this rank's engine serves what that has published."""

@@ -65,7 +65,7 @@ ANY = object()
         ("init_process_group", {}, {"master_port": None, "timeout": ANY}),
         ("gather_metas", {"checkpoint_name": REQUIRED}, {}),
         ("get_metas", {}, {}),
-        ("load_metas", {"metas": REQUIRED}, {}),
+        ("load_metas", {"metas": REQUIRED}, {"mode": "auto"}),
         ("store_based_barrier", {"timeout": ANY}, {}),
         (
             "update",

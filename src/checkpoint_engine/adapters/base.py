@@ -48,7 +48,8 @@ class Content(Protocol):
 
     Attributes:
         manifest: its tensors, validated.
-        way_back: how an engine returns to it: "staged" from memory, "source" from files.
+        way_back: how an engine returns to it: "staged" from memory, "source" from files, "peer"
+            from other servers' memory.
     """
 
     manifest: Manifest
@@ -76,6 +77,10 @@ class Content(Protocol):
 
     def discard_writes(self) -> None:
         """Forget what was written into its tensors."""
+        ...
+
+    def rest(self) -> None:
+        """It is kept, and not read before `verify` or `is_there` is called again."""
         ...
 
     def release(self) -> None:
@@ -107,9 +112,9 @@ class Adapter(Protocol):
     def prepare(self, content: Content, version: Version) -> str:
         """While serving: verify, check that everything fits, and secure the way back.
 
-        Returns "staged", "snapshot", "source" or "none": how `roll_back` works. Owns `content` from
-        here on, even when it raises: releases it in `abort` or `roll_back` unless it was recalled,
-        or keeps it as the next way back.
+        Returns "staged", "snapshot", "source", "peer" or "none": how `roll_back` works. Owns
+        `content` from here on, even when it raises: releases it in `abort` or `roll_back` unless it
+        was recalled, or keeps it as the next way back.
         """
         ...
 

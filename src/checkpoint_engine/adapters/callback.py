@@ -93,9 +93,8 @@ class CallbackAdapter:
 
     def abort(self) -> None:
         """Release the staged version."""
-        if self._incoming is not None and self._incoming is not self._previous:
-            self._incoming.release()
-        self._incoming = None
+        self._drop_incoming()
+        self._rest()
 
     def pause(self, timeout_seconds: float) -> None:
         """The engine has paused before it called."""
@@ -115,6 +114,7 @@ class CallbackAdapter:
         self._incoming = None
         if before is not None and before is not self._served:
             before.release()
+        self._rest()
 
     def roll_back(self) -> None:
         """Load the version before again, as it was staged, whatever the loader has written into it.
@@ -125,8 +125,9 @@ class CallbackAdapter:
             AdapterError: there is none, or the loader fails on it too.
             VerificationError, SourceError: its bytes are not what they were.
         """
-        self.abort()
+        self._drop_incoming()
         if not self._loaded:
+            self._rest()
             return
         if self._served is None:
             raise AdapterError(
@@ -137,6 +138,7 @@ class CallbackAdapter:
         with byte_workers() as pool:
             self._served.verify(pool)
         self._load(self._served)
+        self._rest()
 
     def resume(self) -> None:
         """The engine resumes when it is returned to."""
@@ -148,6 +150,16 @@ class CallbackAdapter:
         """The failed call is what the engine gets to know; nothing can be restored from here."""
         self.abort()
         self._served = None
+
+    def _drop_incoming(self) -> None:
+        if self._incoming is not None and self._incoming is not self._previous:
+            self._incoming.release()
+        self._incoming = None
+
+    def _rest(self) -> None:
+        for kept in (self._served, self._previous):
+            if kept is not None:
+                kept.rest()
 
     def _load(self, content: Content) -> None:
         group: list[tuple[str, torch.Tensor]] = []

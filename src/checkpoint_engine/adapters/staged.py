@@ -116,6 +116,9 @@ class Staged:
                 "nothing was changed, register the checkpoint again"
             )
 
+    def rest(self) -> None:
+        """Nothing: what is kept is kept mapped."""
+
     def release(self) -> None:
         """Let go of the memory; tensors that still view it keep it until they go."""
         while self._held:

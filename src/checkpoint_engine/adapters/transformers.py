@@ -159,6 +159,7 @@ class TransformersAdapter:
         if self._incoming is not None and self._incoming is not self._previous:
             self._incoming.release()
         self._incoming = self._version = self._next = None
+        self._rest()
 
     def pause(self, timeout_seconds: float) -> None:
         """Wait for the token boundary."""
@@ -196,6 +197,7 @@ class TransformersAdapter:
         self._recorded, self._written = self._written, {}
         if before is not None and before is not self._base:
             before.release()
+        self._rest()
         self._serving.publish(self._version, self._served)
 
     def roll_back(self) -> None:
@@ -232,6 +234,11 @@ class TransformersAdapter:
         self._torn = True
         self.abort()
         self._serving.tear(reason)
+
+    def _rest(self) -> None:
+        for kept in (self._base, self._previous):
+            if kept is not None:
+                kept.rest()
 
     def _secure_way_back(self, *, streamed: bool) -> str:
         """Fix how `roll_back` will work, if it will; see the module's text."""

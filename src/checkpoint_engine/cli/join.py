@@ -24,6 +24,10 @@ def join(
     inference_parallel_size: Annotated[
         int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
     ] = 1,
+    mode: Annotated[
+        str,
+        typer.Option(help="staged, streamed (engines read while requests wait), or auto."),
+    ] = "auto",
     uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 600.0,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
@@ -42,7 +46,7 @@ def join(
             if requests:
                 reach(endpoints, uds)
             limit = timedelta(seconds=timeout)
-            result = server.join(metas, requests, timeout=limit, report=report)
+            result = server.join(metas, requests, mode=mode, timeout=limit, report=report)
         if server.rank == 0:
             show_report(result, as_json=as_json)
     finally:

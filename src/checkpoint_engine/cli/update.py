@@ -86,7 +86,9 @@ def update(
     if load_metas_file is not None:
         from checkpoint_engine.cli.join import join
 
-        join(load_metas_file, endpoint, inference_parallel_size, uds, timeout, report, as_json)
+        join(
+            load_metas_file, endpoint, inference_parallel_size, mode, uds, timeout, report, as_json
+        )
         return
     if checkpoint_path is None:
         raise UsageError("--checkpoint-path is missing: a safetensors file, or a folder")

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from checkpoint_engine.errors import SourceError
+from checkpoint_engine.codec.digest import PIECE_BYTES
+from checkpoint_engine.errors import SourceError, VerificationError
 
 __all__ = ["OpenFile", "TensorFiles", "close_all"]
 
@@ -57,6 +58,9 @@ class TensorFiles:
     Attributes:
         opened: each file with its descriptor, valid until closed.
     """
+
+    way_back = "source"
+    piece_bytes = PIECE_BYTES
 
     def __init__(self, files: Sequence[OpenFile], descriptors: list[int]) -> None:
         self.opened = tuple(zip(files, descriptors, strict=True))
@@ -109,9 +113,19 @@ class TensorFiles:
         if not 0 <= position <= file.num_bytes - length:
             raise SourceError(f"{file.path}: tensor {name!r} lies beyond the end of the file")
 
-    def path_of(self, name: str) -> str:
-        """The file that holds a tensor, for messages; raises SourceError if none does."""
-        return self._place(name)[0].path
+    def reject(self, name: str) -> None:
+        """What was read of a tensor is wrong, and there is no other place to read it from.
+
+        Raises:
+            VerificationError: says so, and names the file.
+        """
+        raise VerificationError(
+            f"tensor {name!r}: {self._place(name)[0].path} no longer holds the bytes that were "
+            "registered; nothing of them was written"
+        )
+
+    def rest(self) -> None:
+        """Nothing: open files cost nobody anything."""
 
     def close(self) -> None:
         """Close the files; may be called twice."""

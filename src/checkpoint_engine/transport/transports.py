@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Protocol, cast
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import ProtocolError, UsageError
 from checkpoint_engine.store import Segment
-from checkpoint_engine.transport.peer import Exporter, Reader
+from checkpoint_engine.transport.peer import Exporter, Reader, Way
 
-__all__ = ["Transport", "exporters", "missing", "reader"]
+__all__ = ["Transport", "exporters", "missing", "passable", "reader"]
 
 GROUP = "checkpoint_engine.transports"
 VARIABLE = "CKPT_ENGINE_TRANSPORT"
@@ -83,6 +84,19 @@ def missing(transport: str) -> str:
     if chosen and transport not in (chosen, LAST):
         return f"set {VARIABLE}={transport}"
     return _missing(transport)
+
+
+def passable(ways: Iterable[Way]) -> Way:
+    """The first way that this host can take.
+
+    Raises:
+        ProtocolError: there is none.
+        UsageError: as `missing`.
+    """
+    for way in ways:
+        if not missing(way.transport):
+            return way
+    raise ProtocolError("the source offers no way to its bytes that can be taken here")
 
 
 def _chosen() -> str:

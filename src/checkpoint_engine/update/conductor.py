@@ -196,6 +196,7 @@ class Conductor:
                 manifest=version.manifest.to_msgpack() if version.manifest else b"",
                 parts=parts_on(version, host, received),
                 files=files_for(rank, version.metas),
+                remote=version.remote,
                 deadlines=start.deadlines,
                 require_rollback=self.policy.require_rollback,
             )
@@ -215,6 +216,8 @@ class Conductor:
 
     def _receive(self, start: _Start) -> int:
         """What this host lacks, by broadcast or from peers; returns the bytes that this moved."""
+        if self.version.mode == "streamed":
+            return 0
         seconds = start.deadlines.ready_seconds
         if self.version.by_peers:
             self.received, num_moved = fetch(

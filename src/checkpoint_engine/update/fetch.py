@@ -18,7 +18,6 @@ from checkpoint_engine.codec.digest import check_bucket
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
-    ProtocolError,
     TransferError,
 )
 from checkpoint_engine.memory import Pace, byte_workers
@@ -29,7 +28,7 @@ from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.address import own_address
 from checkpoint_engine.transport.peer import Range, Reader, Way
 from checkpoint_engine.transport.peers import PeerClient
-from checkpoint_engine.transport.transports import missing, reader
+from checkpoint_engine.transport.transports import passable, reader
 from checkpoint_engine.update.versions import Version
 
 __all__ = ["fetch"]
@@ -147,12 +146,8 @@ class _Reading:
 
     def _reader(self, ways: Sequence[Way]) -> tuple[Way, Reader]:
         """The first way that this host can take, and what takes it."""
+        way = passable(ways)
         with self._lock:
-            for way in ways:
-                if missing(way.transport):
-                    continue
-                if way.transport not in self._readers:
-                    found = reader(way.transport, self.received, own_address())
-                    self._readers[way.transport] = found
-                return way, self._readers[way.transport]
-        raise ProtocolError("the source offers no way to its bytes that can be taken here")
+            if way.transport not in self._readers:
+                self._readers[way.transport] = reader(way.transport, self.received, own_address())
+            return way, self._readers[way.transport]

@@ -10,6 +10,7 @@ outlives an update: the collective of its hosts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -22,6 +23,7 @@ from checkpoint_engine.update.coordinator import Policy
 from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.shelf import Description, Shelf, Survey, ask, survey
+from checkpoint_engine.update.streaming import why_streamed
 from checkpoint_engine.update.versions import RankMeta, Version
 
 __all__ = ["Group"]
@@ -101,11 +103,20 @@ class Group:
         described: Description = decode(self._from_first("ask", found), Description)
         return described
 
-    def read_from_peers(self, version: Version, metas: Sequence[RankMeta]) -> Version:
-        """The version as this group reads it; its first rank finds out who is there to be read."""
-        found = msgspec.msgpack.encode(survey(version)) if self.rendezvous.rank == 0 else b""
+    def read_from_peers(
+        self, version: Version, metas: Sequence[RankMeta], mode: str = "auto"
+    ) -> Version:
+        """The version as this group reads it; its first rank finds out who is there to be read.
+
+        If one rank's host lacks memory to stage it, or if `mode` says so, none stages it.
+        """
+        rank = self.rendezvous.rank
+        found = msgspec.msgpack.encode(survey(version)) if rank == 0 else b""
         surveyed: Survey = decode(self._from_first("survey", found), Survey)
-        return version.read_by(metas, surveyed.copies, frozenset(surveyed.lost))
+        read = version.read_by(metas, surveyed.copies, frozenset(surveyed.lost))
+        why = why_streamed(read, rank, self._store, mode)
+        reasons = self.rendezvous.gather("streamed", why.encode(), SURVEY_SECONDS)
+        return replace(read, streamed=next((one.decode() for one in reasons if one), ""))
 
     def close(self) -> None:
         """Leave the collective, if there is one."""

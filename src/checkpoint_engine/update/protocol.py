@@ -29,6 +29,7 @@ from checkpoint_engine.manifest import Version
 from checkpoint_engine.timeline import Span
 from checkpoint_engine.transport.files import FilesAt
 from checkpoint_engine.transport.handover import Part
+from checkpoint_engine.transport.remote import Remote
 
 __all__ = [
     "PROTOCOL",
@@ -132,7 +133,8 @@ class Ready(_Message, frozen=True):
     """The bytes are attached and verified, or to be had, and fit the engine. Nothing has changed.
 
     Attributes:
-        way_back: how it would return to its base: "staged", "snapshot", "source" or "none".
+        way_back: how it would return to its base: "staged", "snapshot", "source", "peer" or
+            "none".
     """
 
     way_back: str
@@ -187,7 +189,8 @@ class Offer(_Message, frozen=True):
     Attributes:
         manifest: msgpack of the Manifest; empty to return to a version that the session keeps.
         parts: the staged bytes; none if they are streamed.
-        files: where to ask for the files of a streamed version; none if it is staged.
+        files: where to ask for the files of a streamed version; none if it is not in files.
+        remote: the peers that a streamed version is read from; none if it is here.
         follower: True for a session that does not vote, such as a draft model's.
         require_rollback: refuse unless there is a way back.
     """
@@ -199,6 +202,7 @@ class Offer(_Message, frozen=True):
     parts: tuple[Part, ...]
     deadlines: Deadlines
     files: tuple[FilesAt, ...] = ()
+    remote: Remote | None = None
     follower: bool = False
     require_rollback: bool = False
 

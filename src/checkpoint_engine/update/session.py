@@ -37,6 +37,7 @@ from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.channel import Channel
 from checkpoint_engine.transport.files import fetch_files
 from checkpoint_engine.transport.handover import Attachments
+from checkpoint_engine.transport.remote import RemoteTensors
 from checkpoint_engine.update.protocol import (
     PROTOCOL,
     Applied,
@@ -203,6 +204,8 @@ def _attach(adapter: Adapter, attachments: Attachments, offer: Offer) -> Content
     if offer.files:
         names = [meta.name for meta in manifest.tensors if meta.length]
         return Streamed(manifest, fetch_files(offer.files, names))
+    if offer.remote is not None:
+        return Streamed(manifest, RemoteTensors(manifest, offer.remote))
     return Staged.attach(manifest, offer.parts, attachments)
 
 

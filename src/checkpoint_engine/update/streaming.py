@@ -1,8 +1,9 @@
-"""Versions that are not staged: files that engines read while requests wait.
+"""Versions that are not staged: engines read them while requests wait.
 
 For models that do not fit twice in host memory. A rank digests its files where they lie and keeps
 them open; each session is handed the descriptors and reads for itself (`adapters.streamed`). So no
-byte passes through the rank, and what was begun can be ended, or undone, without it.
+byte passes through the rank, and what was begun can be ended, or undone, without it. What is read
+from peers is streamed, too, where it could not be staged: each session is told who has it.
 
     streams = Streams()
     streams.register("step-120", source, store, mode="auto", pooled=False)  # or into the store
@@ -22,9 +23,11 @@ from checkpoint_engine.sources import Source
 from checkpoint_engine.sources.files import TensorFiles
 from checkpoint_engine.store import Store, digest_in_place
 from checkpoint_engine.transport.files import FilesAt
-from checkpoint_engine.update.versions import RankMeta
+from checkpoint_engine.update.versions import RankMeta, Version
 
-__all__ = ["Stream", "Streams", "check_modes", "files_for"]
+__all__ = ["Stream", "Streams", "check_modes", "files_for", "why_streamed"]
+
+AS_ASKED = "as asked"
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,38 @@ def files_for(rank: int, metas: Sequence[RankMeta]) -> tuple[FilesAt, ...]:
     return tuple(FilesAt(address=meta.address, name=meta.files) for meta in near if meta.files)
 
 
+def why_streamed(version: Version, rank: int, store: Store, mode: str) -> str:
+    """Why a rank does not stage what it would read from peers for its host; "" if it does.
+
+    Raises:
+        UsageError: there is no such mode.
+    """
+    _check_mode(mode)
+    if mode != "auto":
+        return AS_ASKED if mode == "streamed" else ""
+    num_bytes = sum(piece.length for piece in version.share(rank))
+    num_sharing = len(version.hosts.ranks(version.hosts.of_rank[rank]))
+    return store.lack(num_bytes, pooled=True, num_sharing=num_sharing) if num_bytes else ""
+
+
 def _choose(
     source: Source, store: Store, mode: str, *, pooled: bool
 ) -> tuple[TensorFiles | None, str]:
     """The files to stream from, and why; None to stage."""
-    if mode not in ("auto", "staged", "streamed"):
-        raise UsageError(f"the mode is auto, staged or streamed, not {mode!r}")
+    _check_mode(mode)
     files = source.files
     if mode == "streamed":
         if files is None:
             raise UsageError(
                 "only files can be streamed, not tensors in memory: save them first, or stage them"
             )
-        return files, "as asked"
+        return files, AS_ASKED
     if mode == "staged" or files is None:
         return None, ""
     lacking = store.lack(sum(num_bytes(s.dtype, s.shape) for s in source.specs()), pooled=pooled)
     return (files, lacking) if lacking else (None, "")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("auto", "staged", "streamed"):
+        raise UsageError(f"the mode is auto, staged or streamed, not {mode!r}")

@@ -23,6 +23,7 @@ from checkpoint_engine.plan.merge import Run, merge
 from checkpoint_engine.plan.routes import Holding, Piece, holdings, shares
 from checkpoint_engine.transport.handover import Part
 from checkpoint_engine.transport.peers import Peer
+from checkpoint_engine.transport.remote import Remote
 
 __all__ = ["Hosts", "RankMeta", "Version", "parts_on"]
 
@@ -89,6 +90,7 @@ class Version:
         by_peers: whether the sources are read from, and take no part.
         copies: what sources hold besides their shards.
         lost: sources that are known to be gone.
+        streamed: why engines read it from the sources themselves; "" if it is staged for them.
     """
 
     digest: str
@@ -101,6 +103,7 @@ class Version:
     by_peers: bool = False
     copies: tuple[Holding, ...] = ()
     lost: frozenset[int] = frozenset()
+    streamed: str = ""
 
     @classmethod
     def of(cls, metas: Sequence[RankMeta]) -> Version:
@@ -149,15 +152,28 @@ class Version:
 
     @property
     def mode(self) -> str:
-        """Where engines find it: "staged" in memory, "streamed" from files, "kept" by them."""
+        """Where engines find it: "staged" in memory, "streamed" from elsewhere, "kept" by them."""
         if self.manifest is None:
             return "kept"
-        return "streamed" if any(meta.files for meta in self.sources) else "staged"
+        in_files = any(meta.files for meta in self.sources)
+        return "streamed" if in_files or self.streamed else "staged"
 
     @property
     def why(self) -> str:
         """What decided that."""
-        return next((meta.why for meta in self.sources if meta.why), "")
+        return self.streamed or next((meta.why for meta in self.sources if meta.why), "")
+
+    @property
+    def remote(self) -> Remote | None:
+        """Where engines read it from peers by themselves, if they do."""
+        if not self.streamed:
+            return None
+        held = self.held()
+        peers = {one.source: self.sources[one.source].peer for one in held}
+        return Remote(
+            peers={source: peer for source, peer in peers.items() if peer is not None},
+            held=tuple(one for one in held if peers[one.source] is not None),
+        )
 
     def is_on(self, host: int, run: Run) -> bool:
         """Whether a run's bytes are on a host already."""
