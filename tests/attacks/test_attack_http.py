@@ -293,6 +293,6 @@ def test_an_endpoint_that_is_no_engine_is_reported(server: ParameterServer) -> N
         serving = Background(serve)
         port = listener.getsockname()[1]
         (call,) = engine_requests([f"http://127.0.0.1:{port}"], rank=0, world_size=1)
-        with pytest.raises(UpdateFailed, match=f"127.0.0.1:{port}/collective_rpc"):
+        with pytest.raises(UpdateFailed, match=f"127.0.0.1:{port}/v1/models"):
             server.update("v1", call)
         serving.result()

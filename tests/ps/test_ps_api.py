@@ -251,6 +251,7 @@ def calls_of(rank: int, world_size: int, num_engines: int, parallel: int) -> lis
                 world_size=world_size,
                 inference_parallel_size=parallel,
                 timeout_seconds=5,
+                engine="replica",
             )
             for request in requests:
                 try:

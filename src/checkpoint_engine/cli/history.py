@@ -47,6 +47,9 @@ def rollback(
     to: Annotated[
         str | None, typer.Option(help="A published version; default the one before the last.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
+    ] = "auto",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 60.0,
     uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
@@ -56,12 +59,12 @@ def rollback(
 
     Nothing is read or sent, and no server of then needs to live.
     """
-    from checkpoint_engine.calls import engine_requests
+    from checkpoint_engine.cli.update import requests_of
     from checkpoint_engine.ps import ParameterServer
 
     server = ParameterServer(rank=0, world_size=1)
     try:
-        requests = engine_requests(endpoint, rank=0, world_size=1, timeout_seconds=timeout, uds=uds)
+        requests = requests_of(server, endpoint, engine, 1, timeout, uds)
         with working("rolling back", True):
             result = server.rollback(
                 requests, to=to, timeout=timedelta(seconds=timeout), report=report

@@ -21,6 +21,9 @@ def join(
     endpoint: Annotated[
         list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
+    ] = "auto",
     inference_parallel_size: Annotated[
         int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
     ] = 1,
@@ -41,7 +44,7 @@ def join(
     metas = load(load_metas_file)
     server = ParameterServer()
     try:
-        requests = requests_of(server, endpoints, inference_parallel_size, timeout, uds)
+        requests = requests_of(server, endpoints, engine, inference_parallel_size, timeout, uds)
         with working("waiting for engines and reading from peers", server.rank == 0):
             if requests:
                 reach(endpoints, uds)

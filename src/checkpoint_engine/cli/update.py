@@ -18,8 +18,8 @@ from checkpoint_engine.cli.console import new_table, out, print_json, printable,
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 
 if TYPE_CHECKING:
+    from checkpoint_engine.calls import EngineRequest
     from checkpoint_engine.ps import ParameterServer
-    from checkpoint_engine.update.conductor import Request
     from checkpoint_engine.update.probe import Probe
     from checkpoint_engine.update.protocol import Report
 
@@ -38,6 +38,9 @@ def update(
     endpoint: Annotated[
         list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
+    ] = "auto",
     inference_parallel_size: Annotated[
         int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
     ] = 1,
@@ -87,7 +90,15 @@ def update(
         from checkpoint_engine.cli.join import join
 
         join(
-            load_metas_file, endpoint, inference_parallel_size, mode, uds, timeout, report, as_json
+            load_metas_file,
+            endpoint,
+            engine,
+            inference_parallel_size,
+            mode,
+            uds,
+            timeout,
+            report,
+            as_json,
         )
         return
     if checkpoint_path is None:
@@ -104,7 +115,7 @@ def update(
 
     server = ParameterServer()
     try:
-        requests = requests_of(server, endpoints, inference_parallel_size, timeout, uds)
+        requests = requests_of(server, endpoints, engine, inference_parallel_size, timeout, uds)
         with working(f"reading {checkpoint_path}", server.rank == 0):
             source = SafetensorsSource(safetensors_files(checkpoint_path))
             part = Share(source, server.rank, server.world_size)
@@ -144,10 +155,11 @@ def update(
 def requests_of(
     server: ParameterServer,
     endpoints: Sequence[str],
+    engine: str,
     inference_parallel_size: int,
     timeout_seconds: float,
     uds: str | None,
-) -> list[Request]:
+) -> list[EngineRequest]:
     """The calls of the engines that this rank leads."""
     from checkpoint_engine.calls import engine_requests
 
@@ -158,6 +170,7 @@ def requests_of(
         inference_parallel_size=inference_parallel_size,
         timeout_seconds=timeout_seconds,
         uds=uds,
+        engine=engine,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import msgspec
 
+from checkpoint_engine.calls import EngineRequest
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
@@ -69,6 +70,8 @@ class Calls:
     @classmethod
     def of(cls, requests: Request | Sequence[Request]) -> Calls:
         """A caller's own function may reach any number of engines; of a list, each reaches one."""
+        if isinstance(requests, EngineRequest):
+            return cls((requests,), open_ended=False)
         if callable(requests):
             return cls((requests,), open_ended=True)
         return cls(tuple(requests), open_ended=False)
@@ -269,7 +272,10 @@ class Conductor:
         def call(number: int, request: Request) -> None:
             error: RemoteError | None = None
             try:
-                request(handles)
+                if isinstance(request, EngineRequest):
+                    request(handles, self.label)
+                else:
+                    request(handles)
             except BaseException as failure:  # an exit from this thread would be seen by nobody
                 error = RemoteError.of(failure, f"rank {self.rendezvous.rank}, request {number}")
             with contextlib.suppress(CheckpointEngineError):  # nobody is left to be told
