@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from checkpoint_engine.cli.console import new_table, out, print_json, printable, working
-from checkpoint_engine.cli.update import show_report
+from checkpoint_engine.cli.fleet import (
+    AsJson,
+    EngineKind,
+    ReportFile,
+    UnixSocket,
+    requests_of,
+    show_report,
+)
 from checkpoint_engine.errors import UpdateFailed
 
 __all__ = ["rollback", "versions"]
@@ -47,19 +53,16 @@ def rollback(
     to: Annotated[
         str | None, typer.Option(help="A published version; default the one before the last.")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
-    ] = "auto",
+    engine: EngineKind = "auto",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds until all are ready.")] = 60.0,
-    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    uds: UnixSocket = None,
+    report: ReportFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Return running engines to a version that they still keep, all of them or none.
 
     Nothing is read or sent, and no server of then needs to live.
     """
-    from checkpoint_engine.cli.update import requests_of
     from checkpoint_engine.ps import ParameterServer
 
     server = ParameterServer(rank=0, world_size=1)

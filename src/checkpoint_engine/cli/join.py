@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from checkpoint_engine.cli.console import working
-from checkpoint_engine.cli.update import reach, requests_of, show_report
+from checkpoint_engine.cli.fleet import (
+    AsJson,
+    Endpoints,
+    EngineKind,
+    ParallelSize,
+    ReportFile,
+    UnixSocket,
+    reach,
+    requests_of,
+    show_report,
+)
 
 __all__ = ["join"]
 
@@ -18,23 +28,17 @@ def join(
     load_metas_file: Annotated[
         Path, typer.Option(help="What `update --save-metas-file` wrote; keep it secret.")
     ],
-    endpoint: Annotated[
-        list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
-    ] = "auto",
-    inference_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
-    ] = 1,
+    endpoint: Endpoints = None,
+    engine: EngineKind = "auto",
+    inference_parallel_size: ParallelSize = 1,
     mode: Annotated[
         str,
         typer.Option(help="staged, streamed (engines read while requests wait), or auto."),
     ] = "auto",
-    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
+    uds: UnixSocket = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 600.0,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    report: ReportFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Bring engines to what another server has published, reading it from its ranks."""
     from checkpoint_engine.ps import ParameterServer

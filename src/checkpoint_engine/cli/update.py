@@ -7,50 +7,50 @@ checkpoint and leads the engine at its place.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from checkpoint_engine.cli.console import new_table, out, print_json, printable, working
-from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
+from checkpoint_engine.cli.console import working
+from checkpoint_engine.cli.fleet import (
+    AsJson,
+    Endpoints,
+    EngineKind,
+    ParallelSize,
+    ReportFile,
+    UnixSocket,
+    reach,
+    requests_of,
+    show_report,
+)
+from checkpoint_engine.cli.join import join
+from checkpoint_engine.errors import UpdateFailed, UsageError
 
 if TYPE_CHECKING:
-    from checkpoint_engine.calls import EngineRequest
-    from checkpoint_engine.ps import ParameterServer
     from checkpoint_engine.update.probe import Probe
-    from checkpoint_engine.update.protocol import Report
 
-__all__ = ["reach", "requests_of", "show_report", "update"]
+__all__ = ["update"]
 
 # Whether each of a method's updates is read from peers.
 METHODS = {"broadcast": (False,), "p2p": (True,), "all": (False, True)}
-REACH_SECONDS = 60.0
-RETRY_SECONDS = 1.0
 
 
 def update(
     checkpoint_path: Annotated[
         Path | None, typer.Option(help="Safetensors file, or HF folder.")
     ] = None,
-    endpoint: Annotated[
-        list[str] | None, typer.Option(help="URL of an engine; repeat for several.")
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="vllm, sglang, replica, or auto: each is asked what it is.")
-    ] = "auto",
-    inference_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Workers of each engine (tensor parallel size).")
-    ] = 1,
+    endpoint: Endpoints = None,
+    engine: EngineKind = "auto",
+    inference_parallel_size: ParallelSize = 1,
     checkpoint_name: Annotated[
         str, typer.Option(help="What to register it as.")
     ] = "my-checkpoint-iter-0",
     weight_version: Annotated[
         str | None, typer.Option(help="Label that engines show; default the checkpoint's name.")
     ] = None,
-    uds: Annotated[str | None, typer.Option(help="Unix socket to send requests through.")] = None,
+    uds: UnixSocket = None,
     update_method: Annotated[
         str, typer.Option(help="broadcast; p2p: read from each other; all: one, then the other.")
     ] = "broadcast",
@@ -82,13 +82,11 @@ def update(
         int, typer.Option(min=0, help="Answers of 400 and above that are still well.")
     ] = 0,
     sleep_time: Annotated[float, typer.Option(min=0, help="Seconds to stay afterwards.")] = 0.0,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    report: ReportFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Update running engines to a checkpoint, all of them or none."""
     if load_metas_file is not None:
-        from checkpoint_engine.cli.join import join
-
         join(
             load_metas_file,
             endpoint,
@@ -152,84 +150,9 @@ def update(
         server.close()
 
 
-def requests_of(
-    server: ParameterServer,
-    endpoints: Sequence[str],
-    engine: str,
-    inference_parallel_size: int,
-    timeout_seconds: float,
-    uds: str | None,
-) -> list[EngineRequest]:
-    """The calls of the engines that this rank leads."""
-    from checkpoint_engine.calls import engine_requests
-
-    return engine_requests(
-        endpoints,
-        rank=server.rank,
-        world_size=server.world_size,
-        inference_parallel_size=inference_parallel_size,
-        timeout_seconds=timeout_seconds,
-        uds=uds,
-        engine=engine,
-    )
-
-
-def reach(endpoints: Sequence[str], uds: str | None) -> None:
-    """Wait until every engine answers; one that waits for its first weights may be unhealthy.
-
-    Raises:
-        DeadlineExceeded: one does not answer; says which, and why.
-    """
-    import httpx
-
-    deadline = time.monotonic() + REACH_SECONDS
-    for endpoint in endpoints:
-        while True:
-            transport = httpx.HTTPTransport(uds=uds, verify=endpoint.startswith("https:"))
-            try:
-                with httpx.Client(transport=transport, timeout=10.0) as client:
-                    client.get(f"{endpoint.rstrip('/')}/health")
-                break
-            except httpx.UnsupportedProtocol as error:
-                raise UsageError(f"--endpoint {endpoint}: {error}") from error
-            except httpx.HTTPError as error:
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(
-                        f"{endpoint} does not answer after {REACH_SECONDS:.0f} s: {error}; is the "
-                        "engine up, and the address right?"
-                    ) from error
-            time.sleep(RETRY_SECONDS)
-
-
 def _probe(url: str | None, seconds: float, threshold: int) -> Probe | None:
     if url is None:
         return None
     from checkpoint_engine.update.probe import Probe, http_check
 
     return Probe(http_check(url), window_seconds=seconds, max_failures=threshold)
-
-
-def show_report(result: Report, *, as_json: bool) -> None:
-    """Print how an update ended."""
-    if as_json:
-        print_json(result)
-        return
-    table = new_table("replica", "outcome", "digest", "way back", "pause")
-    for replica in result.replicas:
-        pause = f"{1000 * replica.pause_seconds:.1f} ms" if replica.pause_seconds else "-"
-        table.add_row(
-            printable(replica.name),
-            replica.outcome,
-            (replica.digest or "not shown")[:16],
-            replica.way_back or "-",
-            pause,
-        )
-    out.print(table)
-    stages = ", ".join(f"{name} {1000 * s:.1f}" for name, s in result.seconds.items())
-    out.print(
-        f"{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB "
-        f"{result.mode}{f' ({result.why})' if result.why else ''}, digest "
-        f"{result.digest[:16]}, {'verified' if result.verified else 'verified where staged'}; "
-        f"ms: {stages}",
-        soft_wrap=True,
-    )
