@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from checkpoint_engine.bench.libraries import measure_library
 from checkpoint_engine.bench.measure import Unavailable
+from checkpoint_engine.bench.startup import measure_startup
 
 MIB = 1 << 20
 
@@ -41,3 +45,13 @@ def test_a_library_that_does_not_start_is_done_without(
     assert result["rows"] == []
     (word,) = result["without"]
     assert word.startswith("Without p2p-nixl, p2p-nixl-4: ")
+
+
+def test_two_ranks_are_compared_with_one(tmp_path: Path) -> None:
+    tensors = {str(number): torch.ones(MIB, dtype=torch.uint8) for number in range(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    samples = measure_startup(tmp_path / "model.safetensors", rounds=2, warmups=0, tell=ignore)
+    assert {name: len(seconds) for name, seconds in samples.items()} == {
+        "start-up of one": 2,
+        "start-up of two ranks": 2,
+    }

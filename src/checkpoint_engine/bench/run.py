@@ -35,8 +35,9 @@ from checkpoint_engine.bench.measure import (
 )
 from checkpoint_engine.bench.peers import measure_peers
 from checkpoint_engine.bench.plan import measure_plan
+from checkpoint_engine.bench.startup import measure_startup
 from checkpoint_engine.bench.updates import Updates
-from checkpoint_engine.bench.weights import SIZES, Size
+from checkpoint_engine.bench.weights import SIZES, Size, save_checkpoint
 from checkpoint_engine.errors import UsageError
 
 __all__ = ["BROADCASTS", "UPDATES", "BenchResult", "run_bench"]
@@ -61,6 +62,7 @@ PEERS = (
     Ratio("p2p", "p2p", "bare p2p"),
     Ratio("p2p-4", "p2p from 4", "bare p2p from 4"),
 )
+STARTUPS = (Ratio("startup-2", "start-up of two ranks", "start-up of one", 0.75),)
 PLANS = ("metas", "plan", "plan-memory")
 LINKS = ("link-broadcast", "link-p2p")
 
@@ -71,6 +73,7 @@ PLAN_BYTES = 500e6
 WARMUPS = 4  # until the replica has its snapshot behind it, and a map of each pooled segment
 BROADCAST_WARMUPS = 2
 PEER_WARMUPS = 2
+STARTUP_WARMUPS = 1
 TMPFS = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
 
 
@@ -157,6 +160,7 @@ def _groups() -> list[tuple[tuple[Ratio, ...], Measure]]:
             )
             for library in LIBRARIES
         ),
+        (STARTUPS, _measure_startups),
     ]
 
 
@@ -199,6 +203,17 @@ def _of_no_model(measure: Callable[..., Samples], warmups: int) -> Measure:
         return measure(num_bytes, rounds=rounds, warmups=warmups, tell=tell), num_bytes
 
     return run
+
+
+def _measure_startups(
+    size: Size, rounds: int, ratios: Collection[Ratio], tell: Tell
+) -> tuple[Samples, int]:
+    with tempfile.TemporaryDirectory(prefix="ckpt-engine-bench-", dir=TMPFS) as folder:
+        tell("making a checkpoint", 0, 1)
+        file = Path(folder, "model.safetensors")
+        num_bytes = save_checkpoint(size, file)
+        samples = measure_startup(file, rounds=rounds, warmups=STARTUP_WARMUPS, tell=tell)
+        return samples, num_bytes
 
 
 def _measure_load(rounds: int, tell: Tell) -> tuple[list[Row], Samples]:
