@@ -10,6 +10,7 @@ Only ours checks the digests of what is sent and of what arrives.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def measure_broadcast(
         _Job(rank, num_hosts, address, port, num_bytes, rounds, warmups)
         for rank in range(num_hosts)
     ]
-    ranks = [_spawn(job, far) for job in jobs]
+    secret = secrets.token_hex(32)
+    ranks = [_spawn(job, far, secret) for job in jobs]
     try:
         outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
     finally:
@@ -91,9 +93,9 @@ def measure_broadcast(
     return msgspec.json.decode(outputs[0], type=Samples)
 
 
-def _spawn(job: _Job, far: FarHost | None) -> subprocess.Popen[bytes]:
+def _spawn(job: _Job, far: FarHost | None, secret: str) -> subprocess.Popen[bytes]:
     command: tuple[str, ...] = ()
-    variables = {"OMP_NUM_THREADS": "1"}
+    variables = {"OMP_NUM_THREADS": "1", "CKPT_ENGINE_SECRET": secret}
     if far is not None:  # torch's own group, too, must meet over the link
         command = far.command if job.rank == 0 else ()
         interface = far.interface if job.rank == 0 else far.near_interface

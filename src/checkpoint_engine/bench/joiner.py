@@ -19,11 +19,13 @@ from typing import Any
 
 import msgspec
 
+from checkpoint_engine.bench.children import next_line, say
 from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.errors import PeerLost
 from checkpoint_engine.ps import ParameterServer
 
 __all__ = ["joiner_process"]
+
+TIMEOUT_SECONDS = 120.0
 
 Join = Callable[[dict[int, Any]], float]
 
@@ -38,15 +40,12 @@ def joiner_process(endpoint: str) -> Iterator[Join]:
         env={**os.environ, "CKPT_ENGINE_HOST": "joiner"},
     )
     assert process.stdin is not None, "its input is a pipe"
-    assert process.stdout is not None, "its output is a pipe"
-    commands, answers = process.stdin, process.stdout
+    commands = process.stdin
 
     def join(metas: dict[int, Any]) -> float:
         commands.write(msgspec.json.encode(metas) + b"\n")
         commands.flush()
-        answer = answers.readline()
-        if not answer:
-            raise PeerLost("the joiner of the benchmark ended; its last words are above")
+        answer = next_line(process, TIMEOUT_SECONDS, "the joiner of the benchmark")
         return msgspec.json.decode(answer, type=float)
 
     try:
@@ -63,8 +62,7 @@ def _main(endpoint: str) -> None:
         metas = msgspec.json.decode(line)
         start = time.perf_counter()
         server.join(metas, requests)
-        sys.stdout.buffer.write(msgspec.json.encode(time.perf_counter() - start) + b"\n")
-        sys.stdout.buffer.flush()
+        say(time.perf_counter() - start)
 
 
 if __name__ == "__main__":

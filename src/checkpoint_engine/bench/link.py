@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.bench.measure import Unavailable
 
 __all__ = ["FarHost", "slow_link"]
 
@@ -48,7 +48,7 @@ def slow_link(bits_per_second: float) -> Iterator[FarHost]:
     """Connect another host by a link that carries so much from there to here.
 
     Raises:
-        UsageError: this machine does not allow it; says what it said.
+        Unavailable: this machine does not allow it; says what it said.
     """
     name, number = f"ckpt{os.getpid()}", os.getpid() % 250
     far = FarHost(
@@ -79,9 +79,9 @@ def _run(*command: str) -> None:
             command, check=True, capture_output=True, timeout=COMMAND_SECONDS
         )
     except subprocess.CalledProcessError as error:
-        raise UsageError(f"{_shown(command)}: {error.stderr.decode().strip()}") from error
+        raise Unavailable(f"{_shown(command)}: {error.stderr.decode().strip()}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"{_shown(command)}: {error}") from error
+        raise Unavailable(f"{_shown(command)}: {error}") from error
 
 
 def _shown(command: Sequence[str]) -> str:

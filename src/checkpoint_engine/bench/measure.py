@@ -24,6 +24,8 @@ from typing import Any
 
 import msgspec
 
+from checkpoint_engine.errors import UsageError
+
 __all__ = [
     "Operation",
     "Ratio",
@@ -31,6 +33,7 @@ __all__ = [
     "Samples",
     "Stopwatch",
     "Tell",
+    "Unavailable",
     "against",
     "needed",
     "run_rounds",
@@ -41,6 +44,10 @@ Samples = dict[str, list[float]]
 
 Tell = Callable[[str, int, int], None]
 """Called with what is done now, how many rounds are over, and how many there are."""
+
+
+class Unavailable(UsageError):
+    """A row needs what this machine lacks; says what, and is left out."""
 
 
 class Stopwatch:

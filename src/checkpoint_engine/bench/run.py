@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import msgspec
 
 from checkpoint_engine.bench.broadcast import measure_broadcast
+from checkpoint_engine.bench.libraries import LIBRARIES, measure_library
 from checkpoint_engine.bench.link import slow_link
 from checkpoint_engine.bench.load import measure_load
 from checkpoint_engine.bench.machine import Machine, Others
@@ -25,14 +28,16 @@ from checkpoint_engine.bench.measure import (
     Row,
     Samples,
     Tell,
+    Unavailable,
     against,
     needed,
     run_rounds,
 )
 from checkpoint_engine.bench.peers import measure_peers
 from checkpoint_engine.bench.plan import measure_plan
+from checkpoint_engine.bench.startup import measure_startup
 from checkpoint_engine.bench.updates import Updates
-from checkpoint_engine.bench.weights import SIZES, Size
+from checkpoint_engine.bench.weights import SIZES, Size, save_checkpoint
 from checkpoint_engine.errors import UsageError
 
 __all__ = ["BROADCASTS", "UPDATES", "BenchResult", "run_bench"]
@@ -57,6 +62,7 @@ PEERS = (
     Ratio("p2p", "p2p", "bare p2p"),
     Ratio("p2p-4", "p2p from 4", "bare p2p from 4"),
 )
+STARTUPS = (Ratio("startup-2", "start-up of two ranks", "start-up of one", 0.75),)
 PLANS = ("metas", "plan", "plan-memory")
 LINKS = ("link-broadcast", "link-p2p")
 
@@ -67,7 +73,12 @@ PLAN_BYTES = 500e6
 WARMUPS = 4  # until the replica has its snapshot behind it, and a map of each pooled segment
 BROADCAST_WARMUPS = 2
 PEER_WARMUPS = 2
+STARTUP_WARMUPS = 1
 TMPFS = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+
+
+Measure = Callable[[Size, int, Collection[Ratio], Tell], tuple[Samples, int]]
+"""Measures what some ratios need, in so many rounds; also gives the bytes that were moved."""
 
 
 class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +87,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         size: of the model.
         others: how busy others kept the processors meanwhile, between 0 and 1.
+        without: which rows this machine could not have, and why.
         seconds: the median of everything that was timed; "update/..." are an update's stages.
         samples: the seconds of every round.
     """
@@ -85,6 +97,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     others: float
     rows: tuple[Row, ...]
+    without: tuple[str, ...]
     seconds: dict[str, float]
     samples: Samples
 
@@ -95,7 +108,7 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
     Args:
         size: one of `weights.SIZES`.
         rounds: how often everything is run and counted.
-        only: names of `UPDATES` and `BROADCASTS`.
+        only: their names.
         tell: called as the run proceeds.
 
     Raises:
@@ -106,23 +119,18 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
     machine, others = Machine.this(), Others()
     rows: list[Row] = []
     samples: Samples = {}
-    if updates := _chosen(UPDATES, only):
-        measured, num_bytes = _measure_updates(SIZES[size], rounds, updates, tell)
-        rows += [ratio.row(measured, num_bytes) for ratio in updates]
-        samples |= measured
-    if broadcasts := _chosen(BROADCASTS, only):
-        num_bytes = SIZES[size].broadcast_bytes
-        measured = measure_broadcast(num_bytes, rounds=rounds, warmups=BROADCAST_WARMUPS, tell=tell)
-        rows += [ratio.row(measured, num_bytes) for ratio in broadcasts]
-        samples |= measured
-    if peers := _chosen(PEERS, only):
-        num_bytes = SIZES[size].broadcast_bytes
-        measured = measure_peers(num_bytes, rounds=rounds, warmups=PEER_WARMUPS, tell=tell)
-        rows += [ratio.row(measured, num_bytes) for ratio in peers]
-        samples |= measured
-    for names, measure in ((PLANS, _measure_plans), (LINKS, _measure_links)):
+    without: list[str] = []
+    for ratios, measure in _groups():
+        if not (chosen := _chosen(ratios, only)):
+            continue
+        with _leaving_out([ratio.name for ratio in chosen], without):
+            measured, num_bytes = measure(SIZES[size], rounds, chosen, tell)
+            rows += [ratio.row(measured, num_bytes) for ratio in chosen]
+            samples |= measured
+    for names, measure_rows in ((PLANS, _measure_plans), (LINKS, _measure_links)):
         if not only or set(names) & set(only):
-            rows += [row for row in measure(rounds, tell) if not only or row.name in only]
+            with _leaving_out(names, without):
+                rows += [row for row in measure_rows(rounds, tell) if not only or row.name in only]
     if not only or set(LOAD) & set(only):
         measured_rows, measured = _measure_load(rounds, tell)
         rows += [row for row in measured_rows if not only or row.name in only]
@@ -133,9 +141,43 @@ def run_bench(*, size: str, rounds: int, only: Collection[str], tell: Tell) -> B
         rounds=rounds,
         others=others.share(),
         rows=tuple(rows),
+        without=tuple(without),
         seconds={name: median(values) for name, values in samples.items()},
         samples=samples,
     )
+
+
+def _groups() -> list[tuple[tuple[Ratio, ...], Measure]]:
+    """Ratios that are measured together, and by what."""
+    return [
+        (UPDATES, _measure_updates),
+        (BROADCASTS, _of_no_model(measure_broadcast, BROADCAST_WARMUPS)),
+        (PEERS, _of_no_model(measure_peers, PEER_WARMUPS)),
+        *(
+            (
+                _library_ratios(library),
+                _of_no_model(partial(measure_library, library), PEER_WARMUPS),
+            )
+            for library in LIBRARIES
+        ),
+        (STARTUPS, _measure_startups),
+    ]
+
+
+def _library_ratios(library: str) -> tuple[Ratio, ...]:
+    return (
+        Ratio(f"p2p-{library}", f"p2p by {library}", f"bare {library}"),
+        Ratio(f"p2p-{library}-4", f"p2p by {library} from 4", f"bare {library} from 4"),
+    )
+
+
+@contextmanager
+def _leaving_out(names: Sequence[str], without: list[str]) -> Iterator[None]:
+    """Go on without the rows that this machine cannot have."""
+    try:
+        yield
+    except Unavailable as error:
+        without.append(f"Without {', '.join(names)}: {' '.join(str(error).split())}.")
 
 
 def _chosen(ratios: Collection[Ratio], only: Collection[str]) -> list[Ratio]:
@@ -151,6 +193,27 @@ def _measure_updates(
             operations = needed(updates.operations(), ratios)
             samples = run_rounds(operations, rounds=rounds, warmups=WARMUPS, tell=tell)
             return samples, updates.num_bytes
+
+
+def _of_no_model(measure: Callable[..., Samples], warmups: int) -> Measure:
+    """What moves the bytes of a broadcast."""
+
+    def run(size: Size, rounds: int, ratios: Collection[Ratio], tell: Tell) -> tuple[Samples, int]:
+        num_bytes = size.broadcast_bytes
+        return measure(num_bytes, rounds=rounds, warmups=warmups, tell=tell), num_bytes
+
+    return run
+
+
+def _measure_startups(
+    size: Size, rounds: int, ratios: Collection[Ratio], tell: Tell
+) -> tuple[Samples, int]:
+    with tempfile.TemporaryDirectory(prefix="ckpt-engine-bench-", dir=TMPFS) as folder:
+        tell("making a checkpoint", 0, 1)
+        file = Path(folder, "model.safetensors")
+        num_bytes = save_checkpoint(size, file)
+        samples = measure_startup(file, rounds=rounds, warmups=STARTUP_WARMUPS, tell=tell)
+        return samples, num_bytes
 
 
 def _measure_load(rounds: int, tell: Tell) -> tuple[list[Row], Samples]:
@@ -174,13 +237,9 @@ def _measure_links(rounds: int, tell: Tell) -> list[Row]:
     """Rates through a link of one Gbit, where this machine lets one be made."""
     few, line = min(rounds, LINK_ROUNDS), 8 * LINK_BYTES / LINE_BITS_PER_SECOND
     reach: dict[str, Any] = {"limit": 0.9, "at_least": True, "num_bytes": LINK_BYTES}
-    try:
-        with slow_link(LINE_BITS_PER_SECOND) as far:
-            broadcasts = measure_broadcast(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
-            reads = measure_peers(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
-    except UsageError as error:
-        tell(f"without the rows {', '.join(LINKS)}: {error}", 1, 1)
-        return []
+    with slow_link(LINE_BITS_PER_SECOND) as far:
+        broadcasts = measure_broadcast(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
+        reads = measure_peers(LINK_BYTES, rounds=few, warmups=1, tell=tell, far=far)
     return [
         against("link-broadcast", "broadcast", "1 Gbit/s", broadcasts["broadcast"], line, **reach),
         against("link-p2p", "p2p", "1 Gbit/s", reads["p2p"], line, **reach),
@@ -190,7 +249,8 @@ def _measure_links(rounds: int, tell: Tell) -> list[Row]:
 def _check(size: str, only: Collection[str]) -> None:
     if size not in SIZES:
         raise UsageError(f"--size is {' or '.join(SIZES)}, not {size!r}")
-    known = [*(ratio.name for ratio in (*UPDATES, *BROADCASTS, *PEERS)), *PLANS, *LINKS, *LOAD]
+    ratios = [ratio.name for group, _ in _groups() for ratio in group]
+    known = [*ratios, *PLANS, *LINKS, *LOAD]
     unknown = sorted(set(only) - set(known))
     if unknown:
         raise UsageError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(known)}")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-__all__ = ["SIZES", "Size", "make_model", "parameters", "save_folder"]
+__all__ = ["SIZES", "Size", "make_model", "parameters", "save_checkpoint", "save_folder"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ def make_model(size: Size, seed: int) -> PreTrainedModel:
 def parameters(model: torch.nn.Module) -> list[torch.Tensor]:
     """Every parameter once, tied ones too, detached: writing into them changes the model."""
     return [parameter.detach() for parameter in model.parameters()]
+
+
+def save_checkpoint(size: Size, file: Path) -> int:
+    """Write a model's parameters as a safetensors file, tied ones once; returns their bytes."""
+    tensors = {name: one.detach() for name, one in make_model(size, seed=0).named_parameters()}
+    save_file(tensors, file)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def save_folder(size: Size, folder: Path) -> None:

@@ -128,10 +128,11 @@ def _stages(result: BenchResult) -> list[tuple[str, list[tuple[str, float]]]]:
 
 
 def _about(result: BenchResult) -> str:
-    return (
+    measured = (
         f"Medians of {result.rounds} rounds. {result.machine}. Meanwhile others used "
         f"{100 * result.others:.0f} % of the processors."
     )
+    return "\n\n".join([measured, *result.without])
 
 
 def _page(file: Path) -> str:

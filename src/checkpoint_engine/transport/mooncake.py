@@ -49,7 +49,15 @@ from checkpoint_engine.transport.library import (
 )
 from checkpoint_engine.transport.peer import Range, Way
 
-__all__ = ["MooncakeExporter", "MooncakeReader", "exporter", "missing", "preferred", "reader"]
+__all__ = [
+    "MooncakeExporter",
+    "MooncakeReader",
+    "exporter",
+    "missing",
+    "preferred",
+    "reader",
+    "start_engine",
+]
 
 SAYS = "; it says why on standard error"
 NO_BATCH = (0, (1 << 64) - 1)
@@ -68,11 +76,7 @@ class _Engine:
     """A transfer engine of this process; ends when nobody refers to it."""
 
     def __init__(self, host: str) -> None:
-        devices = _devices()
-        protocol = "rdma" if devices else "tcp"
-        self._engine: Any = _load().TransferEngine()
-        if self._engine.initialize(host, "P2PHANDSHAKE", protocol, ",".join(devices)):
-            raise TransferError(f"Mooncake cannot start with {protocol} on {host}{SAYS}")
+        self._engine: Any = start_engine(host)
         self.host, self.address = host, f"{host}:{self._engine.get_rpc_port()}"
         self._scratch = np.zeros(mmap.PAGESIZE, dtype=np.uint8)
         self._met: set[str] = set()
@@ -215,6 +219,20 @@ class _Connection:
 
 def _read_only(segment: Segment) -> mmap.mmap:
     return mmap.mmap(segment.descriptor, segment.capacity_bytes, prot=mmap.PROT_READ)
+
+
+def start_engine(host: str) -> Any:
+    """A bare engine of the library's own, which listens on this host; ends like `_Engine`.
+
+    Raises:
+        TransferError: the library does not load, or does not start.
+    """
+    devices = _devices()
+    protocol = "rdma" if devices else "tcp"
+    engine: Any = _load().TransferEngine()
+    if engine.initialize(host, "P2PHANDSHAKE", protocol, ",".join(devices)):
+        raise TransferError(f"Mooncake cannot start with {protocol} on {host}{SAYS}")
+    return engine
 
 
 def exporter(address: str) -> MooncakeExporter:

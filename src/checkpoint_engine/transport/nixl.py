@@ -32,7 +32,15 @@ from checkpoint_engine.store import Segment
 from checkpoint_engine.transport.library import LibraryExporter, LibraryReader, address_of
 from checkpoint_engine.transport.peer import Range, Way
 
-__all__ = ["NixlExporter", "NixlReader", "exporter", "missing", "preferred", "reader"]
+__all__ = [
+    "NixlExporter",
+    "NixlReader",
+    "exporter",
+    "missing",
+    "preferred",
+    "reader",
+    "start_agent",
+]
 
 PACKAGES = ("nixl", "nixl_cu12")
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B
@@ -53,13 +61,10 @@ class _Agent:
     """A NIXL agent that has registered one piece of memory."""
 
     def __init__(self, host: str, memory: memoryview) -> None:
-        library = _load()
         self.start = address_of(memory)
         self._memory = memory  # keeps it
+        self.nixl: Any = start_agent(host)
         with _translated("cannot start"):
-            config = library.nixl_agent_config(backends=[])
-            self.nixl: Any = library.nixl_agent(secrets.token_hex(8), config)
-            self.nixl.create_backend("UCX", _options(host))
             registered = [(self.start, len(memory), 0, "")]
             self._registered = self.nixl.register_memory(registered, "DRAM")
 
@@ -130,6 +135,19 @@ class _Connection:
 
     def close(self) -> None:
         self._agent.close()
+
+
+def start_agent(host: str) -> Any:
+    """A bare agent of the library's own at an address of this host; ends when nobody refers to it.
+
+    Raises:
+        TransferError: the library does not load, or does not start.
+    """
+    library = _load()
+    with _translated("cannot start"):
+        agent = library.nixl_agent(secrets.token_hex(8), library.nixl_agent_config(backends=[]))
+        agent.create_backend("UCX", _options(host))
+        return agent
 
 
 def exporter(address: str) -> NixlExporter:
