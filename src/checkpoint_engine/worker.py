@@ -1,15 +1,19 @@
-"""What an engine's worker calls to take an update: the name that vLLM and SGLang import.
+"""What an engine's worker calls to take an update: the names that vLLM and SGLang import.
 
     update_weights_from_ipc(zmq_ctx, handles[device_uuid], "cpu", run=model.load_weights)
 
 returns when the new version is published, and raises if it is not, in which case the weights are
 those of before: the loader was not called, or was called again with the version before.
+
+    vllm serve MODEL --worker-extension-cls checkpoint_engine.worker.VllmColocateWorkerExtension
+
+gives vLLM's workers the methods that its `/collective_rpc` then calls.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +23,13 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update import session
+from checkpoint_engine.update.vllm import VllmUpdates
 
-__all__ = ["update_weights_from_ipc"]
+__all__ = ["VllmColocateWorkerExtension", "update_weights_from_ipc"]
 
 # The function has nowhere else to keep what a model was given last, which is its way back.
 _kept: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
+_updates: dict[VllmColocateWorkerExtension, VllmUpdates] = {}  # of one worker, for ever
 
 
 def update_weights_from_ipc(
@@ -68,3 +74,27 @@ def _device(device_id: int | str) -> torch.device:
     if isinstance(device_id, str):
         return torch.device(device_id)
     return torch.device(DeviceManager().device_type, device_id)
+
+
+class VllmColocateWorkerExtension:
+    """What vLLM adds to its worker's bases; see `update.vllm`, whose answers these are."""
+
+    def update_weights_from_ipc(self, zmq_handles: Mapping[str, str]) -> dict[str, Any]:
+        """Take one update, while vLLM waits: for callers that know of one call only."""
+        return _vllm_updates(self).update(zmq_handles)
+
+    def ckpt_begin_update(self, zmq_handles: Mapping[str, str]) -> dict[str, Any]:
+        """Begin one beside vLLM, which goes on serving."""
+        return _vllm_updates(self).begin(zmq_handles)
+
+    def ckpt_update_state(self) -> dict[str, Any]:
+        """Whether the update waits to be finished, or how it has ended."""
+        return _vllm_updates(self).state()
+
+    def ckpt_finish_update(self) -> dict[str, Any]:
+        """Finish an update that waits; call it while vLLM is paused."""
+        return _vllm_updates(self).finish()
+
+
+def _vllm_updates(worker: VllmColocateWorkerExtension) -> VllmUpdates:
+    return _updates.setdefault(worker, VllmUpdates(worker))

@@ -1,0 +1,208 @@
+"""vLLM's worker: one rank of one engine, whose weights are reloaded between two of its steps.
+
+vLLM does not keep what it was given. It prepacks on a CPU, shuffles experts, fuses and shards, so
+that what is live has other shapes, or none. So its own layerwise reload does the work: each layer
+is put back to the shapes of a checkpoint, filled, post-processed once, and copied to where it was.
+
+What it does not see to, is seen to here:
+
+- A reload that fails half-way leaves layers without storage, and a forward pass on them kills the
+  engine. Layers also keep what they were given so far, and would take it for part of the next
+  reload. So every reload begins by putting such layers back, and a failed one is followed by the
+  version before, before any forward pass.
+- A layer keeps references to tensors until it is complete. Views of staged memory stay valid.
+- A tensor that never comes leaves a layer as it was, or its memory as it is: a mixture. So names
+  and shapes are compared before the pause with those of the version before, and layers are asked.
+- On a CPU, experts are prepacked by a kernel that is made once, and would go on with the old ones.
+- Of a checkpoint that drafts for itself (MTP), the draft model is loaded from the same version.
+
+The way back is the version before, in staged memory or open files; before the first update it is
+the folder that vLLM has loaded, if nobody has written into it since.
+
+    adapter = VllmAdapter(worker, turn, kept)       # inside a worker; imports vllm
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
+
+from checkpoint_engine.adapters.base import Content, Identity
+from checkpoint_engine.adapters.callback import CallbackAdapter, Kept
+from checkpoint_engine.adapters.streamed import Streamed
+from checkpoint_engine.adapters.turn import Turn
+from checkpoint_engine.errors import AdapterError, SourceError
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.sources import SafetensorsSource, safetensors_files
+from checkpoint_engine.store import digest_in_place
+
+__all__ = ["VllmAdapter"]
+
+# vLLM imports this with the worker's class, before it loads a model.
+_imported_ns = time.time_ns()
+
+
+class VllmAdapter(CallbackAdapter):
+    """See the module's text; the methods are those of `adapters.base.Adapter`.
+
+    Args:
+        worker: vLLM's, which has loaded its model.
+        turn: lends the worker's own thread, between `pause` and the end of the session.
+        kept: what the adapter of this worker's last update remembered; None before the first.
+    """
+
+    def __init__(self, worker: Any, turn: Turn, kept: Kept | None) -> None:
+        super().__init__(worker.get_model().load_weights, None, torch.device("cpu"), kept or Kept())
+        self.identity = _identity(worker)
+        self._worker, self._turn = worker, turn
+        self._is_first = kept is None
+
+    def base(self) -> str | None:
+        """Digest of what is served; before the first update that of the folder, read for it."""
+        if self._is_first:
+            self._served, self._is_first = _loaded_folder(self._worker), False
+        return super().base()
+
+    def prepare(self, content: Content, version: Version) -> str:
+        """While serving: verify the bytes, and that they are as many tensors of the same shapes.
+
+        Raises:
+            VerificationError, SourceError: the bytes are not the version's.
+            AdapterError: the version does not fit the model.
+        """
+        way_back = super().prepare(content, version)
+        if self._served is not None:
+            _check_fits(content, self._served, self._tied())
+        return way_back
+
+    def pause(self, timeout_seconds: float) -> None:
+        """Wait for the worker's own thread, which is lent between two steps of the engine."""
+        self._turn.take(timeout_seconds)
+
+    def _load(self, content: Content) -> None:
+        self._loaded = True
+        self._turn.do(lambda: self._reload(content))
+
+    def _reload(self, content: Content) -> None:
+        worker = self._worker
+        with set_current_vllm_config(worker.vllm_config):
+            _reload_model(worker.get_model(), worker.model_config, content)
+            for draft, config in self._drafts():
+                _reload_model(draft, config, content, is_draft=True)
+        worker.model_runner.reset_lora_state()
+        worker.model_runner.reset_encoder_cache()
+        worker.model_runner.reset_mm_cache()
+
+    def _drafts(self) -> Iterator[tuple[torch.nn.Module, Any]]:
+        """The draft model, if it is of the same checkpoint."""
+        speculative = self._worker.vllm_config.speculative_config
+        config: Any = getattr(speculative, "draft_model_config", None)
+        draft = self._worker.get_draft_model()
+        if draft is not None and config.model == self._worker.model_config.model:
+            yield draft, config
+
+    def _tied(self) -> frozenset[str]:
+        config = self._worker.model_config.hf_text_config
+        tied = getattr(config, "tie_word_embeddings", False)
+        return frozenset(["lm_head.weight"] if tied else [])
+
+
+def _identity(worker: Any) -> Identity:
+    """Workers of one engine share their parent process; one alone lives in the engine's own."""
+    world_size = worker.parallel_config.world_size
+    process = f"parent {os.getppid()}" if world_size > 1 else f"process {os.getpid()}"
+    return Identity(
+        replica=f"vllm {process} rank {worker.rank}",
+        engine=process,
+        rank=worker.rank,
+        world_size=world_size,
+    )
+
+
+def _loaded_folder(worker: Any) -> Content | None:
+    """The files that vLLM has loaded, unless they may be others by now."""
+    folder = Path(worker.model_config.model)
+    if worker.vllm_config.load_config.load_format not in ("auto", "hf", "safetensors"):
+        return None
+    try:
+        source = SafetensorsSource(safetensors_files(folder))
+    except SourceError:
+        return None
+    if max(file.modified_ns for file, _ in source.files.opened) > _imported_ns:
+        source.close()
+        return None
+    return Streamed(digest_in_place(source), source.files)
+
+
+def _check_fits(content: Content, served: Content, optional: frozenset[str]) -> None:
+    new = {meta.name: meta.shape for meta in content.manifest.tensors}
+    known = {meta.name: meta.shape for meta in served.manifest.tensors}
+    for name in sorted((known.keys() ^ new.keys()) - optional):
+        has = "lacks" if name in known else "has a tensor that the model does not know,"
+        raise AdapterError(f"the version {has} {name!r}; nothing has changed, send a whole one")
+    for name in sorted(known.keys() & new.keys()):
+        if new[name] != known[name]:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(new[name])}, the model has {list(known[name])}"
+            )
+
+
+def _reload_model(
+    model: Any, model_config: Any, content: Content, *, is_draft: bool = False
+) -> None:
+    """Replace every weight; a failure leaves a model that must not run before the next reload."""
+    for layer in model.modules():
+        _forget_half(layer)
+        if current_platform.is_cpu():
+            _forget_experts(layer)
+    initialize_layerwise_reload(model)
+    with disable_mtp_completeness_check():
+        model.load_weights(content.tensors())
+    if not is_draft and model_config.quantization is None:
+        _check_complete(model)
+    finalize_layerwise_reload(model, model_config)
+
+
+def _forget_half(layer: torch.nn.Module) -> None:
+    """What a reload that failed has given a layer would count for the next."""
+    info = get_layerwise_info(layer)
+    if info.can_load():
+        info.loaded_weights.clear()
+        info.load_numel = 0
+
+
+def _forget_experts(layer: torch.nn.Module) -> None:
+    """A kernel of experts holds weights of its own, and is made only where there is none."""
+    method: Any = getattr(layer, "quant_method", None)
+    if getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None
+
+
+def _check_complete(model: torch.nn.Module) -> None:
+    """Raise unless every parameter was given every element, but for padding of vocabularies."""
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load() or is_deferred_attention_layer(layer):
+            continue
+        num_elements = sum(p.numel() for p in layer.parameters(recurse=False))
+        is_padded = isinstance(layer, VocabParallelEmbedding) and info.load_numel > 0
+        if info.load_numel < num_elements and not is_padded:
+            raise AdapterError(
+                f"layer {name!r} was given {info.load_numel} of {num_elements} elements: the "
+                "version is not a whole one"
+            )
