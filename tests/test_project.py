@@ -18,7 +18,11 @@ def module_name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_every_module_imports(path: Path) -> None:
-    importlib.import_module(module_name(path))
+    try:
+        importlib.import_module(module_name(path))
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":  # is there where vLLM imports them: tests/engines
+            raise
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "CONTRIBUTING.md"])

@@ -7,11 +7,13 @@ those of before: the loader was not called, or was called again with the version
 
     vllm serve MODEL --worker-extension-cls checkpoint_engine.worker.VllmColocateWorkerExtension
 
-gives vLLM's workers the methods that its `/collective_rpc` then calls.
+gives vLLM's workers the methods that its `/collective_rpc` then calls, and the weight transfer
+backend "checkpoint_engine".
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +25,7 @@ from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.transport.handover import Attachments
 from checkpoint_engine.update import session
-from checkpoint_engine.update.vllm import VllmUpdates
+from checkpoint_engine.update.vllm import VllmUpdates, register_weight_transfer
 
 __all__ = ["VllmColocateWorkerExtension", "update_weights_from_ipc"]
 
@@ -97,4 +99,10 @@ class VllmColocateWorkerExtension:
 
 
 def _vllm_updates(worker: VllmColocateWorkerExtension) -> VllmUpdates:
-    return _updates.setdefault(worker, VllmUpdates(worker))
+    if worker not in _updates:
+        _updates[worker] = VllmUpdates.of_worker(worker)
+    return _updates[worker]
+
+
+if "vllm.distributed.weight_transfer" in sys.modules:  # vLLM imports this with its worker's class
+    register_weight_transfer()

@@ -19,14 +19,14 @@ What it does not see to, is seen to here:
 The way back is the version before, in staged memory or open files; before the first update it is
 the folder that vLLM has loaded, if nobody has written into it since.
 
-    adapter = VllmAdapter(worker, turn, kept)       # inside a worker; imports vllm
+    adapter = VllmAdapter(target, turn, kept)       # inside a worker; imports vllm
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +51,46 @@ from checkpoint_engine.manifest import Version
 from checkpoint_engine.sources import SafetensorsSource, safetensors_files
 from checkpoint_engine.store import digest_in_place
 
-__all__ = ["VllmAdapter"]
+__all__ = ["Target", "VllmAdapter"]
 
-# vLLM imports this with the worker's class, before it loads a model.
-_imported_ns = time.time_ns()
+
+@dataclass(frozen=True)
+class Target:
+    """What one worker loads a version into, in vLLM's own objects.
+
+    Attributes:
+        rank: among the workers of one engine.
+        models: each with its configuration; those after the first draft for it.
+        unchanged_since_ns: a folder whose files are newer is not what vLLM has loaded.
+        reloaded: called on the worker's thread after every reload.
+    """
+
+    vllm_config: Any
+    rank: int
+    models: tuple[tuple[Any, Any], ...]
+    unchanged_since_ns: int
+    reloaded: Callable[[], object]
 
 
 class VllmAdapter(CallbackAdapter):
     """See the module's text; the methods are those of `adapters.base.Adapter`.
 
     Args:
-        worker: vLLM's, which has loaded its model.
+        target: models that vLLM has loaded.
         turn: lends the worker's own thread, between `pause` and the end of the session.
         kept: what the adapter of this worker's last update remembered; None before the first.
     """
 
-    def __init__(self, worker: Any, turn: Turn, kept: Kept | None) -> None:
-        super().__init__(worker.get_model().load_weights, None, torch.device("cpu"), kept or Kept())
-        self.identity = _identity(worker)
-        self._worker, self._turn = worker, turn
+    def __init__(self, target: Target, turn: Turn, kept: Kept | None) -> None:
+        super().__init__(lambda named: None, None, torch.device("cpu"), kept or Kept())
+        self.identity = _identity(target)
+        self._target, self._turn = target, turn
         self._is_first = kept is None
 
     def base(self) -> str | None:
         """Digest of what is served; before the first update that of the folder, read for it."""
         if self._is_first:
-            self._served, self._is_first = _loaded_folder(self._worker), False
+            self._served, self._is_first = _loaded_folder(self._target), False
         return super().base()
 
     def prepare(self, content: Content, version: Version) -> str:
@@ -87,7 +102,7 @@ class VllmAdapter(CallbackAdapter):
         """
         way_back = super().prepare(content, version)
         if self._served is not None:
-            _check_fits(content, self._served, self._tied())
+            _check_fits(content, self._served, _optional(self._target))
         return way_back
 
     def pause(self, timeout_seconds: float) -> None:
@@ -99,54 +114,44 @@ class VllmAdapter(CallbackAdapter):
         self._turn.do(lambda: self._reload(content))
 
     def _reload(self, content: Content) -> None:
-        worker = self._worker
-        with set_current_vllm_config(worker.vllm_config):
-            _reload_model(worker.get_model(), worker.model_config, content)
-            for draft, config in self._drafts():
-                _reload_model(draft, config, content, is_draft=True)
-        worker.model_runner.reset_lora_state()
-        worker.model_runner.reset_encoder_cache()
-        worker.model_runner.reset_mm_cache()
-
-    def _drafts(self) -> Iterator[tuple[torch.nn.Module, Any]]:
-        """The draft model, if it is of the same checkpoint."""
-        speculative = self._worker.vllm_config.speculative_config
-        config: Any = getattr(speculative, "draft_model_config", None)
-        draft = self._worker.get_draft_model()
-        if draft is not None and config.model == self._worker.model_config.model:
-            yield draft, config
-
-    def _tied(self) -> frozenset[str]:
-        config = self._worker.model_config.hf_text_config
-        tied = getattr(config, "tie_word_embeddings", False)
-        return frozenset(["lm_head.weight"] if tied else [])
+        with set_current_vllm_config(self._target.vllm_config):
+            for number, (model, config) in enumerate(self._target.models):
+                _reload_model(model, config, content, is_draft=number > 0)
+        self._target.reloaded()
 
 
-def _identity(worker: Any) -> Identity:
-    """Workers of one engine share their parent process; one alone lives in the engine's own."""
-    world_size = worker.parallel_config.world_size
+def _identity(target: Target) -> Identity:
+    """Workers of one engine share their parent process."""
+    world_size = target.vllm_config.parallel_config.world_size
     process = f"parent {os.getppid()}" if world_size > 1 else f"process {os.getpid()}"
     return Identity(
-        replica=f"vllm {process} rank {worker.rank}",
+        replica=f"vllm {process} rank {target.rank}",
         engine=process,
-        rank=worker.rank,
+        rank=target.rank,
         world_size=world_size,
     )
 
 
-def _loaded_folder(worker: Any) -> Content | None:
+def _loaded_folder(target: Target) -> Content | None:
     """The files that vLLM has loaded, unless they may be others by now."""
-    folder = Path(worker.model_config.model)
-    if worker.vllm_config.load_config.load_format not in ("auto", "hf", "safetensors"):
+    _, config = target.models[0]
+    if target.vllm_config.load_config.load_format not in ("auto", "hf", "safetensors"):
         return None
     try:
-        source = SafetensorsSource(safetensors_files(folder))
+        source = SafetensorsSource(safetensors_files(Path(config.model)))
     except SourceError:
         return None
-    if max(file.modified_ns for file, _ in source.files.opened) > _imported_ns:
+    if max(file.modified_ns for file, _ in source.files.opened) > target.unchanged_since_ns:
         source.close()
         return None
     return Streamed(digest_in_place(source), source.files)
+
+
+def _optional(target: Target) -> frozenset[str]:
+    """A head that is tied to the embeddings may be there, or not."""
+    _, config = target.models[0]
+    tied = getattr(config.hf_text_config, "tie_word_embeddings", False)
+    return frozenset(["lm_head.weight"] if tied else [])
 
 
 def _check_fits(content: Content, served: Content, optional: frozenset[str]) -> None:

@@ -10,26 +10,73 @@ would shift the answers of the others to the next call. So vLLM's 200 says nothi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
 from checkpoint_engine.adapters.turn import Turn
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import UpdateRefused, UsageError
 from checkpoint_engine.update.background import Background, Progress
 
-__all__ = ["VllmUpdates"]
+if TYPE_CHECKING:
+    from checkpoint_engine.adapters.vllm import Target, VllmAdapter
+
+__all__ = ["IMPORTED_NS", "VllmUpdates", "register_weight_transfer"]
+
+# vLLM imports this with its worker's class, before it loads a model.
+IMPORTED_NS = time.time_ns()
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last update of a model, whichever way it was asked for: the next one returns to it."""
+
+    adapter: VllmAdapter
+    session: Background
+
+
+_last: dict[object, _Last] = {}  # by model, which lives as long as its process
 
 
 class VllmUpdates:
-    """See the module's text. Must be made where vLLM runs, by its worker."""
+    """See the module's text.
 
-    def __init__(self, worker: Any) -> None:
-        self._worker = worker
-        self._adapter: Any = None
-        self._session: Background | None = None
+    Args:
+        device: the worker's.
+        target: what is updated.
+    """
+
+    def __init__(self, device: torch.device, target: Target) -> None:
+        self._device, self._target = device, target
+        self._model, _ = target.models[0]
+
+    @classmethod
+    def of_worker(cls, worker: Any) -> VllmUpdates:
+        """Those of vLLM's worker, and of its draft model if that is of the same checkpoint."""
+        from checkpoint_engine.adapters.vllm import Target
+
+        config = worker.vllm_config
+        models = [(worker.get_model(), config.model_config)]
+        draft = worker.get_draft_model()
+        if draft is not None:
+            draft_config = config.speculative_config.draft_model_config
+            if draft_config.model == config.model_config.model:
+                models.append((draft, draft_config))
+        return cls(
+            worker.device,
+            Target(
+                vllm_config=config,
+                rank=worker.rank,
+                models=tuple(models),
+                unchanged_since_ns=IMPORTED_NS,
+                reloaded=worker.model_runner.reset_lora_state,
+            ),
+        )
 
     def begin(self, handles: Mapping[str, str]) -> dict[str, Any]:
         """Start a session with the handle of this worker's device, and return at once."""
@@ -53,32 +100,44 @@ class VllmUpdates:
             progress = act()
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-            progress = Progress(rank=self._worker.rank, state="kept", error=said)
+            progress = Progress(rank=self._target.rank, state="kept", error=said)
         answer: dict[str, Any] = msgspec.to_builtins(progress)
         return answer
 
     def _begin(self, handles: Mapping[str, str]) -> Progress:
-        from checkpoint_engine.adapters.vllm import VllmAdapter  # imports vllm
+        from checkpoint_engine.adapters.vllm import VllmAdapter  # which imports vllm
 
-        if self._session is not None and not self._session.has_ended:
+        last = _last.get(self._model)
+        if last is not None and not last.session.has_ended:
             raise UpdateRefused("another update of this worker is under way; try again later")
-        device = self._worker.device
-        uuid = device_uuid(device.type, device.index or 0)
-        if uuid not in handles:
-            raise UsageError(f"no handle for device {uuid!r}, only for {sorted(handles)}")
-        turn, kept = Turn(), self._adapter and self._adapter.keep()
-        self._adapter = VllmAdapter(self._worker, turn, kept)
-        self._session = Background(handles[uuid], self._adapter, turn)
+        handle, turn = self._handle(handles), Turn()
+        adapter = VllmAdapter(self._target, turn, last.adapter.keep() if last else None)
+        _last[self._model] = _Last(adapter, Background(handle, adapter, turn))
         return self._progress()
 
+    def _handle(self, handles: Mapping[str, str]) -> str:
+        uuid = device_uuid(self._device.type, self._device.index or 0)
+        if uuid in handles:
+            return handles[uuid]
+        if len(handles) == 1:  # of a server of one rank, where all workers say hello
+            return next(iter(handles.values()))
+        raise UsageError(f"no handle for device {uuid!r}, only for {sorted(handles)}")
+
     def _progress(self) -> Progress:
-        if self._session is None:
-            return Progress(rank=self._worker.rank, state="none")
-        return self._session.progress()
+        if self._model not in _last:
+            return Progress(rank=self._target.rank, state="none")
+        return _last[self._model].session.progress()
 
     def _finish(self, *, at_once: bool) -> Progress:
-        if self._session is None:
-            raise UsageError("no update was begun")
-        if not at_once and self._progress().state == "preparing":
-            raise UsageError("the update is not ready yet: ask for its state until it waits")
-        return self._session.finish()
+        state = self._progress().state
+        if state == "none" or (state == "preparing" and not at_once):
+            raise UsageError("no update waits to be finished: begin one, and ask for its state")
+        return _last[self._model].session.finish()
+
+
+def register_weight_transfer() -> None:
+    """Let users choose `--weight-transfer-config '{"backend": "checkpoint_engine"}'`."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    module = "checkpoint_engine.update.vllm_backend"
+    WeightTransferEngineFactory.register_engine("checkpoint_engine", module, "Backend")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from vllm_server import EXTENSION, ROOT, VllmServer, make_checkpoint
+from vllm_tools import Fresh
 
 from checkpoint_engine.ps import ParameterServer
 
@@ -85,24 +86,6 @@ def start(python: Path, logs: Path) -> Callable[..., VllmServer]:
         return server
 
     return started
-
-
-class Fresh:
-    """The greedy tokens of servers freshly started on a checkpoint, without anything of ours."""
-
-    def __init__(self, start: Callable[..., VllmServer]) -> None:
-        self._start = start
-        self._known: dict[Path, list[int]] = {}
-
-    def __call__(self, folder: Path) -> list[int]:
-        if folder not in self._known:
-            with self._start(folder) as server:
-                self.remember(folder, server)
-        return self._known[folder]
-
-    def remember(self, folder: Path, server: VllmServer) -> None:
-        """This server has just been started on that checkpoint."""
-        self._known[folder] = server.generate()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from vllm_server import VllmServer, save_tensors, tensors_of, weights_of
+from vllm_tools import Fresh, damage, lacking, update
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.update.protocol import Report
-from conftest import Fresh
-
-
-def update(
-    ps: ParameterServer, server: VllmServer, file: Path, label: str, mode: str = "staged"
-) -> Report:
-    """As `ckpt-engine update` does it."""
-    ps.register_checkpoint(label, files=[file], mode=mode)
-    ps.gather_metas(label)
-    return ps.update(label, engine_requests([server.url], rank=0, world_size=1))
 
 
 @pytest.fixture
@@ -58,12 +47,6 @@ def test_a_request_in_flight_goes_on(
         after = stream.rest()
     assert len(before) + len(after) == 600
     assert server.label == "step-1"
-
-
-def lacking(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = tensors_of(folder)
-    del tensors["model.layers.1.self_attn.v_proj.weight"]
-    return tensors
 
 
 def reshaped(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,24 +83,6 @@ def test_a_version_that_does_not_fit_changes_nothing(
     assert server.generate() == fresh(checkpoints[0])
     assert server.label == at_start
     assert not server.is_paused
-
-
-def damage(file: Path, name: str) -> None:
-    """Change a tensor's bytes so that size and time of the file stay: only reading it tells."""
-    found = os.stat(file)
-    bits = tensors_of_file(file)[name].contiguous().view(torch.uint8).numpy().tobytes()
-    data = file.read_bytes()
-    place = data.index(bits)
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        opened.write(bytes(len(bits)))
-    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def tensors_of_file(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(file))
 
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "k_norm"])
