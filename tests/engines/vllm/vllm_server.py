@@ -52,12 +52,17 @@ def make_checkpoint(folder: Path, *, seed: int, experts: bool = False) -> Path:
     config = Qwen3MoeConfig(**SHAPE, **EXPERTS) if experts else Qwen3Config(**SHAPE)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 def weights_of(folder: Path) -> Path:
@@ -83,7 +88,9 @@ class VllmServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS)
+        # vLLM hangs up after an error, which must not be taken for the answer to the next request.
+        one_each = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS, limits=one_each)
         command = [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
             "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
