@@ -74,3 +74,4 @@ class Turn:
             except BaseException as error:  # the process is to end
                 future.set_exception(error)
                 raise
+        self.end()  # it stays so, however often the thread is lent

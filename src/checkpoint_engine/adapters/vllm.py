@@ -8,8 +8,8 @@ What it does not see to, is seen to here:
 
 - A reload that fails half-way leaves layers without storage, and a forward pass on them kills the
   engine. Layers also keep what they were given so far, and would take it for part of the next
-  reload. So every reload begins by putting such layers back, and a failed one is followed by the
-  version before, before any forward pass.
+  reload. So a reload begins by putting such layers back, and one that fails is followed by one of
+  the version before, before any forward pass.
 - A layer keeps references to tensors until it is complete. Views of staged memory stay valid.
 - A tensor that never comes leaves a layer as it was, or its memory as it is: a mixture. So names
   and shapes are compared before the pause with those of the version before, and layers are asked.
@@ -39,7 +39,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    get_layerwise_info,
+)
 from vllm.platforms import current_platform
 
 from checkpoint_engine.adapters.base import Content, Identity
@@ -172,7 +175,7 @@ def _reload_model(
 ) -> None:
     """Replace every weight; a failure leaves a model that must not run before the next reload."""
     for layer in model.modules():
-        _forget_half(layer)
+        _put_back(layer)
         if current_platform.is_cpu():
             _forget_experts(layer)
     initialize_layerwise_reload(model)
@@ -183,12 +186,12 @@ def _reload_model(
     finalize_layerwise_reload(model, model_config)
 
 
-def _forget_half(layer: torch.nn.Module) -> None:
-    """What a reload that failed has given a layer would count for the next."""
+def _put_back(layer: torch.nn.Module) -> None:
+    """End what a reload that failed has begun, and would go on with."""
     info = get_layerwise_info(layer)
     if info.can_load():
-        info.loaded_weights.clear()
-        info.load_numel = 0
+        _place_kernel_tensors(layer, info)
+        info.reset()
 
 
 def _forget_experts(layer: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ says so. The next update that is published ends that.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -53,16 +54,16 @@ class Vllm:
     ) -> None:
         """Requests in flight go on afterwards, with what they have generated so far."""
         _check_started_for_this(endpoint)
+        is_held = _is_held(endpoint)
         _call(endpoint, "ckpt_begin_update", [dict(handles)])
         _wait_until_ready(endpoint, timeout_seconds)
-        was_paused = endpoint.get("/is_paused")["is_paused"]
-        endpoint.post("/pause?mode=keep&clear_cache=false", timeout_seconds=STEP_SECONDS)
+        _pause(endpoint)
         workers = _finish(endpoint, timeout_seconds)
         if all(worker.state == "published" for worker in workers):
             _show(endpoint, label)
         elif any(worker.state != "kept" for worker in workers):
             raise AdapterError(f"{_explain(endpoint, workers)}; it stays paused: update it again")
-        if not was_paused:
+        if not is_held:
             endpoint.post("/resume")
         _check(endpoint, workers)
 
@@ -84,6 +85,16 @@ def _check_started_for_this(endpoint: Endpoint) -> None:
         )
 
 
+def _is_held(endpoint: Endpoint) -> bool:
+    """Whether somebody has paused it, and not an update that left it so."""
+    if not endpoint.get("/is_paused")["is_paused"]:
+        return False
+    shown = endpoint.get("/weight_info")["weight_version"]
+    last = _call(endpoint, "ckpt_update_state")
+    unshown = any(worker.state == "published" and worker.label != shown for worker in last)
+    return not unshown and all(worker.state != "torn" for worker in last)
+
+
 def _wait_until_ready(endpoint: Endpoint, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -99,6 +110,15 @@ def _wait_until_ready(endpoint: Endpoint, timeout_seconds: float) -> None:
                 f"({', '.join(sorted(states))}); nothing has changed"
             )
         time.sleep(POLL_SECONDS)
+
+
+def _pause(endpoint: Endpoint) -> None:
+    try:
+        endpoint.post("/pause?mode=keep&clear_cache=false", timeout_seconds=STEP_SECONDS)
+    except AdapterError:
+        with contextlib.suppress(AdapterError):  # it may be paused all the same, or be gone
+            endpoint.post("/resume")
+        raise
 
 
 def _finish(endpoint: Endpoint, timeout_seconds: float) -> list[_Worker]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_server import VllmServer, save_tensors, tensors_of, weights_of
+from vllm_server import PROMPT, VllmServer, save_tensors, tensors_of, weights_of
 from vllm_tools import Fresh, damage, lacking, update
 
 from checkpoint_engine.calls import engine_requests
@@ -37,16 +37,19 @@ def test_after_an_update_it_answers_as_one_started_on_the_new_checkpoint(
     assert server.label == "step-2"
 
 
-def test_a_request_in_flight_goes_on(
+def test_a_request_in_flight_goes_on_under_the_new_weights(
     ps: ParameterServer, server: VllmServer, checkpoints: list[Path], at_start: str
 ) -> None:
+    """What it had cached is computed again: its last tokens are those of a request of their own."""
     with server.generating(600) as stream:
-        first = [stream.next() for _ in range(3)]
+        tokens = [token for _ in range(3) for token in stream.next() or []]
         update(ps, server, weights_of(checkpoints[1]), "step-1")
-        before = [token for some in first for token in some or []]
-        after = stream.rest()
-    assert len(before) + len(after) == 600
+        rest = stream.rest()
+    assert len(rest) > 100, "it was in flight"
+    tokens += rest
+    assert len(tokens) == 600
     assert server.label == "step-1"
+    assert server.generate(16, [*PROMPT, *tokens[:-16]]) == tokens[-16:]
 
 
 def reshaped(folder: Path) -> dict[str, torch.Tensor]:
