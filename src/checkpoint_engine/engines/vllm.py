@@ -55,7 +55,9 @@ class Vllm:
         """Requests in flight go on afterwards, with what they have generated so far."""
         _check_started_for_this(endpoint)
         is_held = _is_held(endpoint)
-        _call(endpoint, "ckpt_begin_update", [dict(handles)])
+        begun = _call(endpoint, "ckpt_begin_update", [dict(handles)])
+        if any(worker.error for worker in begun):  # what is under way may be somebody else's
+            raise AdapterError(_explain(endpoint, begun))
         _wait_until_ready(endpoint, timeout_seconds)
         _pause(endpoint)
         workers = _finish(endpoint, timeout_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,30 @@ def test_what_was_begun_and_never_finished_changes_nothing(
     assert server.call("ckpt_finish_update")[0]["state"] == "kept"
     assert server.generate() == fresh(checkpoints[0])
     update(ps, server, weights_of(checkpoints[1]), "step-2")
+    assert server.generate() == fresh(checkpoints[1])
+
+
+def test_an_update_beside_another_is_refused_and_leaves_that_alone(
+    ps: ParameterServer, server: VllmServer, fresh: Fresh, checkpoints: list[Path], at_start: str
+) -> None:
+    with closing(ParameterServer()) as other:
+        for server_, label, number in ((ps, "step-1", 1), (other, "step-2", 2)):
+            server_.register_checkpoint(label, files=[weights_of(checkpoints[number])])
+            server_.gather_metas(label)
+        refused: list[str] = []
+
+        def call(handles: Sequence[tuple[str, str]]) -> None:
+            server.call("ckpt_begin_update", dict(handles))
+            with pytest.raises(UpdateFailed, match="another update of this worker is under way"):
+                other.update("step-2", engine_requests([server.url], rank=0, world_size=1))
+            refused.append("step-2")
+            while server.call("ckpt_update_state")[0]["state"] == "preparing":
+                time.sleep(0.01)
+            server.call("ckpt_finish_update")
+            server.post("/reset_prefix_cache")
+
+        ps.update("step-1", call)
+    assert refused == ["step-2"]
     assert server.generate() == fresh(checkpoints[1])
 
 
