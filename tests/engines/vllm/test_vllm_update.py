@@ -12,8 +12,8 @@ import torch
 from vllm_server import PROMPT, VllmServer, save_tensors, tensors_of, weights_of
 from vllm_tools import Fresh, damage, lacking, update
 
-from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.errors import UpdateFailed
+from checkpoint_engine.calls import engine_requests, request_inference_to_update
+from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
 
@@ -233,3 +233,5 @@ def test_misuse_is_answered_with_data(server: VllmServer) -> None:
     assert "no handle for device" in answer["error"]
     (answer,) = server.call("update_weights_from_ipc", "nonsense")
     assert answer["error"]
+    with pytest.raises(AdapterError, match="no handle for device"):
+        request_inference_to_update(f"{server.url}/collective_rpc", {})
