@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
@@ -12,6 +13,8 @@ from vllm_server import EXTENSION, SHAPE, VllmServer, save_tensors, save_tokeniz
 from vllm_tools import update
 
 from checkpoint_engine.ps import ParameterServer
+
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
 
 HIDDEN = SHAPE["hidden_size"]
 NUM_TOKENS = 64

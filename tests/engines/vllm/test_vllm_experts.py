@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from vllm_server import EXTENSION, VllmServer, weights_of
 from vllm_tools import Fresh, update
 
 from checkpoint_engine.ps import ParameterServer
+
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
 
 
 def test_experts_are_those_of_the_new_version(

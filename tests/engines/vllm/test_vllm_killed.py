@@ -16,6 +16,8 @@ from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from children import Child
 
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
+
 
 def digests(folder: Path) -> dict[str, str]:
     """As the toy engine has them of what it serves."""

@@ -12,6 +12,8 @@ from vllm_tools import update
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
+
 
 @pytest.mark.parametrize(
     ("options", "dev_mode", "said"),

@@ -12,6 +12,8 @@ from vllm_tools import Fresh, lacking, update
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
+
 
 def test_it_stays_paused_and_alive_until_an_update_mends_it(
     ps: ParameterServer,

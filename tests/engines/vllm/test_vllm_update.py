@@ -16,6 +16,8 @@ from checkpoint_engine.calls import engine_requests, request_inference_to_update
 from checkpoint_engine.errors import AdapterError, UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
+
 
 @pytest.fixture
 def at_start(ps: ParameterServer, server: VllmServer, checkpoints: list[Path]) -> str:

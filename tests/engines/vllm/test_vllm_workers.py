@@ -13,6 +13,8 @@ from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 
+pytestmark = pytest.mark.timeout(600)  # servers start one after the other
+
 OPTIONS = ("--tensor-parallel-size", "2")
 BACKEND = ("--weight-transfer-config", '{"backend": "checkpoint_engine"}')
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
