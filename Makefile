@@ -2,12 +2,13 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test test-gpu simulate storm chaos soak fuzz lint bench
+.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a weight update from trainer to running replicas, on this machine"
 	@echo "make test    the tests (ARGS goes to pytest)"
+	@echo "make test-engines  the tests with real engines, whose environments it builds first"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make simulate  100,000 random schedules of faults, on simulated time"
 	@echo "make storm   200 faults on real processes, one after the other (ARGS=\"--seed 7\")"
@@ -18,5 +19,5 @@ help:
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test test-gpu simulate storm chaos soak fuzz lint bench:
+setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench:
 	@scripts/$@ $(ARGS)

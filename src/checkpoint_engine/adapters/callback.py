@@ -224,8 +224,8 @@ def _check_complete(content: Content, served: Content) -> None:
     missing = [meta.name for meta in served.manifest.tensors if meta.name not in names]
     if missing:
         raise AdapterError(
-            f"the version lacks {missing[0]!r} (one of {len(missing)}), which the one before had: "
-            "send every tensor of the model"
+            f"the version lacks {len(missing)} tensors that the one before had, such as "
+            f"{missing[0]!r}: send every tensor of the model"
         )
 
 

@@ -140,6 +140,11 @@ class SGLangServer:
         assert answer.status_code == 200, answer.text
         return json.dumps(answer.json()["ranks"], sort_keys=True)
 
+    @property
+    def num_running(self) -> int:
+        """Requests in flight."""
+        return int(self.get("/v1/loads?include=core")["loads"][0]["num_running_reqs"])
+
     def kill(self) -> None:
         """SIGKILL for the server and all its processes."""
         os.killpg(self._process.pid, signal.SIGKILL)
