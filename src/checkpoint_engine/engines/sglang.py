@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from checkpoint_engine.engines.endpoint import Endpoint
-from checkpoint_engine.errors import MALFORMED, AdapterError, UsageError
+from checkpoint_engine.errors import MALFORMED, AdapterError
 
 __all__ = ["SGLang"]
 
@@ -120,7 +120,7 @@ def _drain_seconds() -> float:
     try:
         return float(configured)
     except ValueError:
-        raise UsageError(f"CKPT_ENGINE_DRAIN_SECONDS={configured!r} is no number") from None
+        raise AdapterError(f"CKPT_ENGINE_DRAIN_SECONDS={configured!r} is no number") from None
 
 
 def _read(endpoint: Endpoint, answer: object, kind: Any) -> Any:
