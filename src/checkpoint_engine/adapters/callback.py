@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.adapters.base import Content, Identity, Served
+from checkpoint_engine.adapters.hook import run_hook
 from checkpoint_engine.adapters.module import Snapshot, Watch
 from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import AdapterError
@@ -200,7 +201,7 @@ class CallbackAdapter:
         self._give(group, watch)
         with watch or contextlib.nullcontext():
             if self._post_hook is not None:
-                self._post_hook()
+                run_hook(self._post_hook, self._model, self._device)
         if watch is not None:
             watch.check()
 
