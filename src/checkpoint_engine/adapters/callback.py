@@ -77,6 +77,7 @@ class CallbackAdapter:
         owner = getattr(run, "__self__", None)
         self._model = owner if isinstance(owner, torch.nn.Module) else None
         self._snapshot: Snapshot | None = None
+        self._watch: Watch | None = None
         self._torn = kept.torn
         self._incoming: Content | None = None
         self._loaded = False  # whether the loader has been called
@@ -105,6 +106,7 @@ class CallbackAdapter:
         self._incoming = content
         with byte_workers(idle=True) as pool:
             content.verify(pool)
+        self._watch = self._new_watch()
         if self._served is not None and self._served.is_there():
             if self._model is not None:
                 _check_complete(content, self._served)
@@ -124,7 +126,7 @@ class CallbackAdapter:
     def apply(self) -> None:
         """Run the loader over every tensor, then the hook."""
         assert self._incoming is not None, "prepare comes before apply"
-        self._load(self._incoming)
+        self._load(self._incoming, self._watch)
 
     def check(self) -> Served:
         """The engine does not show its parameters."""
@@ -163,7 +165,7 @@ class CallbackAdapter:
         self._served.discard_writes()
         with byte_workers() as pool:
             self._served.verify(pool)
-        self._load(self._served)
+        self._load(self._served, self._new_watch())
         self._rest()
 
     def resume(self) -> None:
@@ -188,8 +190,10 @@ class CallbackAdapter:
             if kept is not None:
                 kept.rest()
 
-    def _load(self, content: Content) -> None:
-        watch = Watch(self._model) if self._model is not None else None
+    def _new_watch(self) -> Watch | None:
+        return Watch(self._model) if self._model is not None else None
+
+    def _load(self, content: Content, watch: Watch | None) -> None:
         group: list[tuple[str, torch.Tensor]] = []
         group_bytes, most_bytes = 0, self._most_bytes(content)
         for meta in content.manifest.tensors:

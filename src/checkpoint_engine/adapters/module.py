@@ -15,6 +15,7 @@ must have been written, or what is served would be a mixture of two versions.
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import sys
 import threading
@@ -99,6 +100,8 @@ class Watch(TorchDispatchMode):
         self._sources = _Ranges({})
         self._unread: set[str] = set()
         self._pending: set[str] = set()
+        with self:  # the first operator that is watched imports for a second
+            torch.zeros(1)
         self._had_threads = False
 
     def give(self, group: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -148,25 +151,36 @@ class Watch(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Do what was asked for; arguments that are neither read nor written are viewed."""
-        for number, argument in enumerate(func._schema.arguments):
-            value = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
-            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+        """Do what was asked for, and note what it reads and writes."""
+        for number, name, writes in _uses(func):
+            value = args[number] if number < len(args) else (kwargs or {}).get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
-                    self._note(tensor, argument.alias_info)
+                    self._note(tensor, writes=writes)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, tensor: torch.Tensor, alias: Any) -> None:
-        if alias is None:
-            if name := self._sources.find(tensor.data_ptr()):
-                self._pending.discard(name)
-        elif alias.is_write and (name := self._targets.find(tensor.data_ptr())):
-            self._written[name] += tensor.numel()
+    def _note(self, tensor: torch.Tensor, *, writes: bool) -> None:
+        address = tensor.data_ptr()
+        if not writes:
+            if source := self._sources.find(address):
+                self._pending.discard(source)
+        elif target := self._targets.find(address):
+            self._written[target] += tensor.numel()
 
     def _saw_thread(self, *_: Any) -> None:
         """Called once by each new thread, as its profiler."""
         self._had_threads = True
         sys.setprofile(None)
+
+
+@functools.cache
+def _uses(func: Any) -> tuple[tuple[int, str, bool], ...]:
+    """The arguments of an operator that it reads or writes, and does not merely view."""
+    return tuple(
+        (number, argument.name, argument.alias_info is not None)
+        for number, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is None or argument.alias_info.is_write
+    )
 
 
 @dataclass(frozen=True)
