@@ -24,7 +24,7 @@ __all__ = ["EngineRequest", "engine_requests", "request_inference_to_update"]
 
 AUTO = "auto"
 GROUP = "checkpoint_engine.engines"
-BUILT_IN = {"replica": "Replica", "vllm": "Vllm"}
+BUILT_IN = {"replica": "Replica", "vllm": "Vllm", "sglang": "SGLang"}
 ANY_ENGINES = "/collective_rpc"
 
 

@@ -7,6 +7,7 @@
     ├── StoreError                      host memory: budget, unknown or duplicate version
     ├── HandoverError                   a socket, folder or descriptor here cannot be trusted
     ├── ProtocolError                   a peer sent what the protocol does not allow
+    │   └── ForeignPeer                 a peer is not of this package: MoonshotAI's, say
     ├── PeerLost                        a peer closed its connection or died
     ├── DeadlineExceeded (TimeoutError) a wait reached its deadline
     ├── TransferError                   bytes did not arrive, or not as they were sent
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterError",
     "CheckpointEngineError",
     "DeadlineExceeded",
+    "ForeignPeer",
     "HandoverError",
     "ManifestError",
     "PeerLost",
@@ -75,6 +77,10 @@ class HandoverError(CheckpointEngineError):
 
 class ProtocolError(CheckpointEngineError):
     """A peer sent a message that the protocol does not allow at this point."""
+
+
+class ForeignPeer(ProtocolError):
+    """A peer speaks another package's protocol, and will never speak this one."""
 
 
 class PeerLost(CheckpointEngineError):

@@ -185,16 +185,19 @@ class ParameterServer:
     def gather_metas(self, checkpoint_name: str) -> None:
         """Tell all ranks what each has registered under this name.
 
+        If nobody has registered any there is nothing to update from before `load_metas`.
+
         Raises:
-            UsageError: ranks registered different tensors under one name, or nobody any.
+            UsageError: ranks registered different tensors under one name.
             ProtocolError, ManifestError: what a rank told is malformed or contradicts itself.
             DeadlineExceeded: a rank did not come.
         """
         metas = self._gather(checkpoint_name, self._rendezvous)
         check_modes(metas)
-        self._version = Version.of(metas)
-        self._name, self._mode = checkpoint_name, "auto"
-        self._shelf.offer(checkpoint_name, self._version)
+        self._version, self._name, self._mode = None, checkpoint_name, "auto"
+        if any(meta.manifest.tensors for meta in metas):
+            self._version = Version.of(metas)
+            self._shelf.offer(checkpoint_name, self._version)
 
     def _gather(self, checkpoint_name: str | None, rendezvous: Rendezvous) -> list[RankMeta]:
         registered = checkpoint_name in self._store.labels
@@ -474,8 +477,8 @@ class ParameterServer:
         named_otherwise = checkpoint_name and self._name and checkpoint_name != self._name
         if self._version is None or named_otherwise:
             raise UsageError(
-                f"checkpoint {checkpoint_name or ''!r} was not gathered: call gather_metas with "
-                "its name on every rank first"
+                f"checkpoint {checkpoint_name or ''!r} was not gathered: register it, and call "
+                "gather_metas with its name on every rank first"
             )
         return self._version
 

@@ -273,7 +273,7 @@ class Store:
             idle = self._idle_pool() + [s for s in retiring if s.num_leases == 1]
         if pooled and any(segment.capacity_bytes >= num_bytes for segment in idle):
             return ""
-        free, budget = _available_bytes(), self._budget_bytes
+        free, budget = available_bytes(), self._budget_bytes
         if budget is not None and num_bytes > budget - used:
             return f"{_size(num_bytes)} do not fit in the {_size(budget - used)} left of the budget"
         needed, room = num_sharing * num_bytes, free + num_sharing * used
@@ -356,7 +356,7 @@ class Store:
                 f"a version of {num_bytes} bytes exceeds the store's budget: {used} of {budget} "
                 "bytes are in use; unregister versions or raise the budget"
             )
-        available = _available_bytes()
+        available = available_bytes()
         if num_bytes > available:
             raise StoreError(
                 f"a version of {num_bytes} bytes does not fit in the {available} bytes of memory "
@@ -433,7 +433,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What this process may still allocate: the host's memory or its control group's."""
     available = [_entry(Path("/proc/meminfo"), "MemAvailable:", sys.maxsize) * 1024]
     limit = group / "memory.max"

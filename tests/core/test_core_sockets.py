@@ -110,11 +110,16 @@ def test_every_listener_has_a_path_of_its_own(listener: tuple[socket.socket, str
 
 @pytest.mark.parametrize(
     "address",
-    ["", "ipc://", "ipc://relative", "tcp://127.0.0.1:80", "ipc://@abstract", "ipc://\0abstract"],
+    ["", "ipc://", "ipc://relative", "tcp://127.0.0.1:80", "ipc://\0abstract"],
 )
 def test_what_is_no_address_of_this_host(address: str) -> None:
     with pytest.raises(HandoverError, match="is not an address of a socket on this host"):
         connect(address, 1)
+
+
+def test_an_address_of_another_package_is_named() -> None:
+    with pytest.raises(HandoverError, match="MoonshotAI"):
+        connect("ipc://@checkpoint-engine-0.sock", 1)
 
 
 @pytest.mark.parametrize("name", ["nobody", "a\0b", "\ud800", "n" * 200])

@@ -442,6 +442,6 @@ def test_what_files_occupy_in_a_control_group_is_available(tmp_path: Path) -> No
     """Whoever has just read a checkpoint has not used up the memory to stage it in."""
     for name, text in (("max", "5000"), ("current", "4000"), ("stat", "anon 9\ninactive_file 700")):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert checkpoint_engine.store._available_bytes(tmp_path) == 1700
+    assert checkpoint_engine.store.available_bytes(tmp_path) == 1700
     (tmp_path / "memory.max").write_text("max\n")
-    assert checkpoint_engine.store._available_bytes(tmp_path) > 1 << 20
+    assert checkpoint_engine.store.available_bytes(tmp_path) > 1 << 20

@@ -370,8 +370,11 @@ def test_what_was_unregistered_is_no_longer_gathered(server: ParameterServer) ->
 
 
 def test_a_checkpoint_that_nobody_registered_is_refused(server: ParameterServer) -> None:
-    with pytest.raises(UsageError, match="no rank registered"):
-        server.gather_metas("nothing")
+    server.gather_metas("nothing")  # as who joins another server does first
+    with pytest.raises(UsageError, match="'nothing' was not gathered: register it"):
+        server.update("nothing", lambda handles: None)
+    with pytest.raises(UsageError, match="register it"):
+        server.get_metas()
 
 
 def test_files_and_tensors_make_one_checkpoint(server: ParameterServer, tmp_path: Path) -> None:

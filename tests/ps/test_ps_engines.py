@@ -91,6 +91,17 @@ def test_the_loader_of_a_plain_dict_is_served_too(
     assert loaded == [digests(version(1))]
 
 
+def test_who_registered_nothing_may_join_another_server(
+    make_server: Callable[..., ParameterServer], engines: Engines
+) -> None:
+    theirs, ours = make_server(), make_server()
+    register(theirs, "step-1", 1)
+    ours.gather_metas("step-1")
+    ours.load_metas(theirs.get_metas())
+    ours.update("step-1", engines[0].request(), ranks=[0])
+    assert engines[0].weights == digests(version(1))
+
+
 # A no
 
 

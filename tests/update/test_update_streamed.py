@@ -393,7 +393,7 @@ def test_a_host_keeps_two_copies_or_streams(
     num_bytes = digest_in_place(make_source(tmp_path)).num_bytes
     store = Store()
     for free_bytes, lacks in ((2 * num_bytes, False), (2 * num_bytes - 1, True)):
-        monkeypatch.setattr("checkpoint_engine.store._available_bytes", lambda n=free_bytes: n)
+        monkeypatch.setattr("checkpoint_engine.store.available_bytes", lambda n=free_bytes: n)
         assert bool(store.lack(num_bytes, pooled=False)) == lacks
 
 

@@ -1,9 +1,12 @@
 """An engine known only by its loader: what `worker.update_weights_from_ipc` is given.
 
 The engine has paused by itself when it calls us, and resumes when we return. `run` takes the new
-weights, `post_hook` post-processes them. The live parameters cannot be seen from here, so bytes are
-verified where they are staged, and the way back is the version that this loader was given last:
-staged memory that is kept for it, or its open files. Before a first update there is none.
+weights, `post_hook` post-processes them. What a loader makes of them is its own affair, so bytes
+are verified where they are staged, and the way back is the version that this loader was given last:
+staged memory that is kept for it, or its open files. Before a first update it is a snapshot of the
+module whose loader this is; without a module, or memory for one, there is none.
+
+The loader of a module is watched, too: it must write every parameter (`adapters.module`).
 
 A streamed version is read, checked and loaded in groups of whole tensors: memory for one group, or
 for the largest tensor, is needed on top.
@@ -11,6 +14,7 @@ for the largest tensor, is needed on top.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -20,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.adapters.base import Content, Identity, Served
+from checkpoint_engine.adapters.hook import run_hook
+from checkpoint_engine.adapters.module import Snapshot, Watch
 from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
@@ -35,12 +41,16 @@ STREAMED_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Kept:
-    """What is remembered of a loader from one update to the next."""
+    """What is remembered of a loader from one update to the next.
+
+    `torn`: its weights are of no version, so that a snapshot of them would lead nowhere.
+    """
 
     served: Content | None = None
     previous: Content | None = None
     epoch: int = 0
     undecided: str | None = None
+    torn: bool = False
 
 
 class CallbackAdapter:
@@ -64,12 +74,17 @@ class CallbackAdapter:
         self.epoch, self.undecided = kept.epoch, kept.undecided
         self._run, self._post_hook, self._device = run, post_hook, device
         self._served, self._previous = kept.served, kept.previous
+        owner = getattr(run, "__self__", None)
+        self._model = owner if isinstance(owner, torch.nn.Module) else None
+        self._snapshot: Snapshot | None = None
+        self._watch: Watch | None = None
+        self._torn = kept.torn
         self._incoming: Content | None = None
         self._loaded = False  # whether the loader has been called
 
     def keep(self) -> Kept:
         """What the next update's adapter needs to know."""
-        return Kept(self._served, self._previous, self.epoch, self.undecided)
+        return Kept(self._served, self._previous, self.epoch, self.undecided, self._torn)
 
     def base(self) -> str | None:
         """Digest of what this loader was given last."""
@@ -83,13 +98,22 @@ class CallbackAdapter:
         return self._previous
 
     def prepare(self, content: Content, version: Version) -> str:
-        """Verify the staged bytes; names and shapes are the loader's to check."""
+        """Verify the staged bytes; most of names and shapes is the loader's to check.
+
+        Raises:
+            AdapterError: the version lacks a tensor that a module was given before.
+        """
         self._incoming = content
         with byte_workers(idle=True) as pool:
             content.verify(pool)
-        if self._served is None or not self._served.is_there():
-            return "none"
-        return self._served.way_back
+        self._watch = self._new_watch()
+        if self._served is not None and self._served.is_there():
+            if self._model is not None:
+                _check_complete(content, self._served)
+            return self._served.way_back
+        if self._model is not None and not self._torn:
+            self._snapshot = Snapshot.take(self._model)
+        return "snapshot" if self._snapshot else "none"
 
     def abort(self) -> None:
         """Release the staged version."""
@@ -102,7 +126,7 @@ class CallbackAdapter:
     def apply(self) -> None:
         """Run the loader over every tensor, then the hook."""
         assert self._incoming is not None, "prepare comes before apply"
-        self._load(self._incoming)
+        self._load(self._incoming, self._watch)
 
     def check(self) -> Served:
         """The engine does not show its parameters."""
@@ -111,13 +135,14 @@ class CallbackAdapter:
     def publish(self) -> None:
         """Keep the new version and the one before; the label is the engine's own."""
         before, self._previous, self._served = self._previous, self._served, self._incoming
-        self._incoming = None
+        self._incoming = self._snapshot = None
+        self._torn = False
         if before is not None and before is not self._served:
             before.release()
         self._rest()
 
     def roll_back(self) -> None:
-        """Load the version before again, as it was staged, whatever the loader has written into it.
+        """Restore the snapshot, or load the version before again, as it was staged.
 
         There is nothing to do if the first bytes of a streamed version were found wrong.
 
@@ -129,6 +154,9 @@ class CallbackAdapter:
         if not self._loaded:
             self._rest()
             return
+        if self._snapshot is not None:
+            self._snapshot.restore()
+            return
         if self._served is None:
             raise AdapterError(
                 "the loader failed and there is no version to go back to: restart the engine, or "
@@ -137,7 +165,7 @@ class CallbackAdapter:
         self._served.discard_writes()
         with byte_workers() as pool:
             self._served.verify(pool)
-        self._load(self._served)
+        self._load(self._served, self._new_watch())
         self._rest()
 
     def resume(self) -> None:
@@ -150,6 +178,7 @@ class CallbackAdapter:
         """The failed call is what the engine gets to know; nothing can be restored from here."""
         self.abort()
         self._served = None
+        self._torn = True
 
     def _drop_incoming(self) -> None:
         if self._incoming is not None and self._incoming is not self._previous:
@@ -161,26 +190,48 @@ class CallbackAdapter:
             if kept is not None:
                 kept.rest()
 
-    def _load(self, content: Content) -> None:
+    def _new_watch(self) -> Watch | None:
+        return Watch(self._model) if self._model is not None else None
+
+    def _load(self, content: Content, watch: Watch | None) -> None:
         group: list[tuple[str, torch.Tensor]] = []
         group_bytes, most_bytes = 0, self._most_bytes(content)
         for meta in content.manifest.tensors:
             if group and group_bytes + meta.length > most_bytes:
-                self._loaded = True
-                self._run(group)
+                self._give(group, watch)
                 group, group_bytes = [], 0
             group.append((meta.name, content.tensor(meta).to(self._device)))
             group_bytes += meta.length
+        self._give(group, watch)
+        with watch or contextlib.nullcontext():
+            if self._post_hook is not None:
+                run_hook(self._post_hook, self._model, self._device)
+        if watch is not None:
+            watch.check()
+
+    def _give(self, group: list[tuple[str, torch.Tensor]], watch: Watch | None) -> None:
         self._loaded = True
-        self._run(group)
-        if self._post_hook is not None:
-            self._post_hook()
+        with watch or contextlib.nullcontext():
+            if watch is not None:
+                watch.give(group)
+            self._run(group)
 
     def _most_bytes(self, content: Content) -> float:
         """Of one call of the loader; views of staged memory cost nothing."""
         if isinstance(content, Streamed):
             return STREAMED_BYTES
         return math.inf if self._device.type == "cpu" else GROUP_BYTES
+
+
+def _check_complete(content: Content, served: Content) -> None:
+    """What a version lacks would go on being served from the version before."""
+    names = {meta.name for meta in content.manifest.tensors}
+    missing = [meta.name for meta in served.manifest.tensors if meta.name not in names]
+    if missing:
+        raise AdapterError(
+            f"the version lacks {len(missing)} tensors that the one before had, such as "
+            f"{missing[0]!r}: send every tensor of the model"
+        )
 
 
 def _identity() -> Identity:

@@ -28,13 +28,21 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from checkpoint_engine.errors import MALFORMED, DeadlineExceeded, PeerLost, ProtocolError
+from checkpoint_engine.errors import (
+    MALFORMED,
+    DeadlineExceeded,
+    ForeignPeer,
+    PeerLost,
+    ProtocolError,
+)
+from checkpoint_engine.transport.sockets import peer_name
 
 __all__ = ["Channel"]
 
 MAX_FRAME_BYTES = 256 << 20
 MAX_DESCRIPTORS = 4
 LENGTH = struct.Struct("<I")
+ZEROMQ = b"\xff\0\0\0\0"  # how its greeting begins; no frame does, which goes on with an array
 
 Body = TypeVar("Body")
 
@@ -104,6 +112,7 @@ class Channel(Generic[Body]):
         Raises:
             PeerLost: the peer closed the connection or died.
             ProtocolError: what arrived is malformed, replayed, or of another update or epoch.
+            ForeignPeer: the peer speaks ZeroMQ.
             DeadlineExceeded: nothing whole arrived in time.
         """
         deadline = time.monotonic() + timeout_seconds
@@ -193,6 +202,11 @@ class Channel(Generic[Body]):
             if not data:
                 raise PeerLost("the peer closed the connection or died")
             self._received += data
+            if self._received.startswith(ZEROMQ):
+                raise ForeignPeer(
+                    f"{peer_name(self._socket)} speaks ZeroMQ, as MoonshotAI's checkpoint-engine "
+                    "does: use this package on both sides"
+                )
 
     def _keep_descriptors(self, ancillary: Sequence[tuple[int, int, bytes]], flags: int) -> None:
         for level, kind, data in ancillary:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from checkpoint_engine.errors import HandoverError
 
-__all__ = ["SCHEME", "check_peer", "connect", "listen", "own_host", "socket_dir"]
+__all__ = ["SCHEME", "check_peer", "connect", "listen", "own_host", "peer_name", "socket_dir"]
 
 SCHEME = "ipc://"
 MAX_PATH_BYTES = 100
@@ -106,6 +106,11 @@ def connect(address: str, timeout_seconds: float) -> socket.socket:
     Raises:
         HandoverError: nobody listens there, or somebody else's process does.
     """
+    if address.startswith(f"{SCHEME}@"):
+        raise HandoverError(
+            f"{address!r} is an abstract socket, whose name anyone can take; MoonshotAI's "
+            "checkpoint-engine gives such: use this package on both sides"
+        )
     if not address.startswith(f"{SCHEME}/"):
         raise HandoverError(f"{address!r} is not an address of a socket on this host")
     path = address.removeprefix(SCHEME)
@@ -137,14 +142,26 @@ def check_peer(connection: socket.socket) -> None:
     Raises:
         HandoverError: its uid is not among those.
     """
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-    )
-    _, uid, _ = struct.unpack("3i", credentials)
+    _, uid = _credentials(connection)
     if uid not in {os.getuid(), 0, *_allowed_uids()}:
         raise HandoverError(
             f"the peer runs as uid {uid}; allowed are {os.getuid()}, 0 and CKPT_ENGINE_ALLOW_UIDS"
         )
+
+
+def peer_name(connection: socket.socket) -> str:
+    """What to call the process at the other end, for messages only."""
+    pid, _ = _credentials(connection)
+    return f"process {pid}" if pid else "a process of another pid namespace"
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    """The peer's pid and uid."""
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid
 
 
 def _sweep(paths: Iterable[Path]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
+    ForeignPeer,
     PeerLost,
     ProtocolError,
     RemoteError,
@@ -30,6 +31,7 @@ from checkpoint_engine.transport.channel import Channel
 from checkpoint_engine.transport.files import Open, serve_files
 from checkpoint_engine.transport.handover import Hold, LetGo, serve_lease
 from checkpoint_engine.update.protocol import (
+    PROTOCOL,
     Applied,
     Confirmed,
     Decision,
@@ -37,6 +39,8 @@ from checkpoint_engine.update.protocol import (
     FromRank,
     FromSession,
     Hello,
+    Joined,
+    Left,
     Offer,
     Ready,
     Stop,
@@ -117,6 +121,9 @@ class Door:
                 sessions.serve(channel, first)
             else:
                 channel.send(NO_UPDATE)
+        except ForeignPeer as error:
+            if self._sessions is not None:
+                self._sessions.fail(sockets.peer_name(connection), error)
         except CheckpointEngineError:
             return  # a peer that is not trusted, or speaks something else: nothing has begun
         finally:
@@ -148,10 +155,11 @@ class Sessions:
     """
 
     def __init__(self, rank: int, offer: Offer, post: Callable[[Event], None]) -> None:
-        self._offer, self._post = offer, post
+        self._rank, self._offer, self._post = rank, offer, post
         self._relay = Relay(rank, offer)
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
+        self._foreign: set[str] = set()
         self._closed = False
 
     def serve(self, channel: Channel[Heard], hello: Hello) -> None:
@@ -179,6 +187,17 @@ class Sessions:
             with self._lock:
                 actions = self._relay.left(name, RemoteError.of(error, hello.replica))
             self._perform(actions)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """An engine's worker has come that will never take part, however often it comes again."""
+        hello = Hello(protocol=PROTOCOL, replica=name, engine=name, rank=0, world_size=1)
+        with self._lock:
+            if name in self._foreign:
+                return
+            self._foreign.add(name)
+        session = f"{self._rank}.{name}"
+        self._post(Joined(session=session, rank=self._rank, hello=hello))
+        self._post(Left(session=session, error=RemoteError.of(error, name)))
 
     def decide(self, decision: Decision) -> None:
         """Pass "apply", "publish" or "stop" on."""

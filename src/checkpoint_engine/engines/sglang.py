@@ -1,0 +1,130 @@
+"""SGLang: drained for a while, paused with requests put back, updated, looked at, and let go on.
+
+    look ─► drain ─► pause (retract) ─► update, label, caches ─► look ─► continue
+
+What it shows before and after, its label and the checksum of its weights, says how an update ended,
+whatever was answered. After one that failed both must be as before. If they are neither that nor
+the new version, it stays paused, and the error says so, until an update is published.
+
+Requests in flight are retracted: they keep what they have generated, and their caches are computed
+again under the new weights. An `in_place` pause would keep the old caches, and SGLang then refuses
+to drop them, although the weights have changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import msgspec
+
+from checkpoint_engine.engines.endpoint import Endpoint
+from checkpoint_engine.errors import MALFORMED, AdapterError
+
+__all__ = ["SGLang"]
+
+DRAIN_SECONDS = 5.0  # unless CKPT_ENGINE_DRAIN_SECONDS says else
+STEP_SECONDS = 60.0  # a step that is under way may be a long one
+POLL_SECONDS = 0.05
+
+
+class _Load(msgspec.Struct):
+    num_running_reqs: int
+    num_waiting_reqs: int
+
+
+class _Loads(msgspec.Struct):
+    loads: list[_Load]
+
+
+class _Info(msgspec.Struct):
+    weight_version: str
+
+
+class _Checksum(msgspec.Struct):
+    per_engine_checksum: str
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a server says of its weights."""
+
+    label: str
+    checksum: str
+
+    @classmethod
+    def by(cls, endpoint: Endpoint, timeout_seconds: float) -> _Shown:
+        """Ask; it answers when it is done with what it was asked before."""
+        answer = endpoint.post(
+            "/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds
+        )
+        checksum: str = _read(endpoint, answer, _Checksum).per_engine_checksum
+        info = endpoint.get("/model_info", timeout_seconds=STEP_SECONDS)
+        return cls(_read(endpoint, info, _Info).weight_version, checksum)
+
+
+class SGLang:
+    """SGLang 0.5.23 and whatever has the same endpoints; see `Engine`."""
+
+    name: ClassVar[str] = "sglang"
+
+    def recognises(self, endpoint: Endpoint) -> bool:
+        """By whom its model is owned."""
+        return endpoint.owner() == "sglang"
+
+    def update(
+        self, endpoint: Endpoint, handles: Mapping[str, str], label: str, timeout_seconds: float
+    ) -> None:
+        """It goes on afterwards, also if it was paused before."""
+        longest = 2 * timeout_seconds + STEP_SECONDS
+        before = _Shown.by(endpoint, STEP_SECONDS)
+        _drain(endpoint, _drain_seconds())
+        endpoint.post("/pause_generation", {"mode": "retract"}, timeout_seconds=STEP_SECONDS)
+        body = {"zmq_handles": dict(handles), "flush_cache": True, "weight_version": label}
+        failure: AdapterError | None = None
+        try:
+            endpoint.post("/update_weights_from_ipc", body, timeout_seconds=longest)
+        except AdapterError as error:
+            failure = error
+        after = _Shown.by(endpoint, longest)
+        if failure is not None and after != before and after.label != label:
+            raise AdapterError(
+                f"{failure}; its weights are not those of {before.label!r}, which it shows: it "
+                "stays paused, update it again"
+            ) from failure
+        if failure is None and after.label != label:
+            raise AdapterError(
+                f"{endpoint.url} shows {after.label!r} after an update to {label!r} that it says "
+                "has succeeded: it stays paused, update it again"
+            )
+        endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+        if failure is not None:
+            raise failure
+
+
+def _drain(endpoint: Endpoint, seconds: float) -> None:
+    """Wait until no request is in flight, but no longer than this; new ones are still served."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        loads = _read(endpoint, endpoint.get("/v1/loads?include=core"), _Loads).loads
+        if not any(load.num_running_reqs + load.num_waiting_reqs for load in loads):
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _drain_seconds() -> float:
+    configured = os.environ.get("CKPT_ENGINE_DRAIN_SECONDS", str(DRAIN_SECONDS))
+    try:
+        return float(configured)
+    except ValueError:
+        raise AdapterError(f"CKPT_ENGINE_DRAIN_SECONDS={configured!r} is no number") from None
+
+
+def _read(endpoint: Endpoint, answer: object, kind: Any) -> Any:
+    try:
+        return msgspec.convert(answer, kind)
+    except MALFORMED as error:
+        raise AdapterError(f"{endpoint.url} answered {answer!r}: {error}") from error
