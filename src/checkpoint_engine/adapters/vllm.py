@@ -47,6 +47,7 @@ from vllm.platforms import current_platform
 
 from checkpoint_engine.adapters.base import Content, Identity
 from checkpoint_engine.adapters.callback import CallbackAdapter, Kept
+from checkpoint_engine.adapters.module import Watch
 from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.adapters.turn import Turn
 from checkpoint_engine.errors import AdapterError, SourceError
@@ -112,7 +113,8 @@ class VllmAdapter(CallbackAdapter):
         """Wait for the worker's own thread, which is lent between two steps of the engine."""
         self._turn.take(timeout_seconds)
 
-    def _load(self, content: Content) -> None:
+    def _load(self, content: Content, watch: Watch | None) -> None:
+        assert watch is None, "vLLM's layers are asked what they were given, not watched"
         self._loaded = True
         self._turn.do(lambda: self._reload(content))
 
