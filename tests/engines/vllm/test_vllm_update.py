@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_server import PROMPT, VllmServer, save_tensors, tensors_of, weights_of
+from vllm_server import PROMPT, VllmServer, environment, save_tensors, tensors_of, weights_of
 from vllm_tools import Fresh, damage, lacking, update
 
 from checkpoint_engine.calls import engine_requests, request_inference_to_update
@@ -40,6 +42,24 @@ def test_after_an_update_it_answers_as_one_started_on_the_new_checkpoint(
     assert server.label == "step-2"
 
 
+def test_the_command_line_finds_out_what_it_is(
+    server: VllmServer, fresh: Fresh, checkpoints: list[Path], at_start: str
+) -> None:
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "checkpoint_engine", *arguments, "--endpoint", server.url]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=environment(), check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    for number in (1, 0):
+        label = f"step-{number}"
+        run("update", "--checkpoint-path", str(checkpoints[number]), "--weight-version", label)
+        assert (server.generate(), server.label) == (fresh(checkpoints[number]), label)
+    run("rollback")
+    assert (server.generate(), server.label) == (fresh(checkpoints[1]), "step-1")
+
+
 def test_a_request_in_flight_goes_on_under_the_new_weights(
     ps: ParameterServer, server: VllmServer, checkpoints: list[Path], at_start: str
 ) -> None:
@@ -52,6 +72,7 @@ def test_a_request_in_flight_goes_on_under_the_new_weights(
     tokens += rest
     assert len(tokens) == 600
     assert server.label == "step-1"
+    server.post("/reset_prefix_cache")
     assert server.generate(16, [*PROMPT, *tokens[:-16]]) == tokens[-16:]
 
 
