@@ -240,7 +240,7 @@ def test_a_handle_of_a_process_that_is_no_rank(
 @pytest.mark.parametrize(
     ("handle", "message"),
     [
-        ("ipc://@ckpt-engine", "is not an address of a socket on this host"),
+        ("ipc://@ckpt-engine", "is an abstract socket, whose name anyone can take"),
         ("ipc://\0ckpt-engine", "is not an address of a socket on this host"),
         ("tcp://127.0.0.1:80", "is not an address of a socket on this host"),
         ("ipc://../s", "is not an address of a socket on this host"),
