@@ -20,9 +20,14 @@ RATE = "100mbit"  # so that an update takes long enough to be met in its middle
 
 def ip(*arguments: str) -> str:
     """Run `ip`; returns what it printed."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    return run("ip", *arguments)
+
+
+def run(*command: str) -> str:
+    """Run a command; returns what it printed, or raises OSError with what it complained of."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -55,7 +60,7 @@ class Host:
         for device in ("lo", "eth0"):
             ip("-n", self._namespace, "link", "set", device, "up")
         shaping = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", RATE]
-        subprocess.run([*self.inside, *shaping, "burst", "256kb", "latency", "400ms"], check=True)
+        run(*self.inside, *shaping, "burst", "256kb", "latency", "400ms")
 
     def up(self) -> None:
         ip("-n", self._switch, "link", "set", self._port, "up")
