@@ -121,7 +121,8 @@ class Chaos:
                 outcome = f"not ended: {str(error).splitlines()[0]}"
         self._updating.clear()
         if not disturbed:
-            assert outcome in ("published", "aborted"), outcome  # all may have been joining
+            # All may have been joining, or have died before or while they changed.
+            assert outcome in ("published", "aborted", "rolled_back"), outcome
             self._published = version if outcome == "published" else self._published
             self._metas = self._fleet.trainer.call("metas")
         self._say("a rank dies" if disturbed else f"a version is {outcome}", f"step-{version}")
