@@ -182,7 +182,7 @@ def test_the_servers_public_key_alone_opens_nothing(server: KeyServer) -> None:
         request = keystore.Set(number=1, key="key", value=b"theirs")
         line.socket.send(msgspec.msgpack.encode(request))
         with pytest.raises(PeerLost):
-            line.wait(TIMEOUT_SECONDS)
+            line.receive(TIMEOUT_SECONDS)
     finally:
         line.close()
         context.term()
@@ -226,7 +226,7 @@ def test_garbage_of_a_rank_changes_nothing(
         for frames in GARBAGE:
             line.socket.send_multipart(frames or [b"", b""])
         with pytest.raises(DeadlineExceeded):
-            line.wait(0.1)
+            line.receive(0.1)
         assert server._values.of == {}
         connect(server.port).set("key", b"value")
     finally:

@@ -371,8 +371,7 @@ class KeyClient:
             line = self._connected()
             line.socket.send(msgspec.msgpack.encode(request))
             while True:
-                line.wait(deadline - time.monotonic())
-                answer = _decoded(line.socket.recv(), self.address)
+                answer = _decoded(line.receive(deadline - time.monotonic()), self.address)
                 if answer.number == request.number:  # else to what was given up
                     return answer.value
         except CheckpointEngineError:

@@ -5,8 +5,7 @@ socket tells; whoever holds the line decides what then.
 
     line = Line(context, zmq.DEALER, "10.0.0.1:4711")
     line.socket.send(request)
-    line.wait(timeout_seconds=10)           # or PeerLost, or DeadlineExceeded
-    answer = line.socket.recv()
+    answer = line.receive(timeout_seconds=10)           # or PeerLost, or DeadlineExceeded
 """
 
 from __future__ import annotations
@@ -86,8 +85,8 @@ class Line:
             self.close()
             raise HandoverError(f"{address!r} is no address: {error}") from error
 
-    def wait(self, timeout_seconds: float) -> None:
-        """Until there is something to receive.
+    def receive(self, timeout_seconds: float) -> bytes:
+        """The next frame; of a message with several, `socket` has the others at once.
 
         Raises:
             PeerLost: the peer is gone, or hung up.
@@ -98,7 +97,7 @@ class Line:
             left_seconds = max(0.0, deadline - time.monotonic())
             ready = dict(self._poller.poll(int(1000 * left_seconds)))
             if self.socket in ready:
-                return
+                return self.socket.recv(zmq.NOBLOCK)
             if self._monitor in ready:
                 parse_monitor_message(self._monitor.recv_multipart())
                 raise PeerLost(f"{self._peer} is gone, or has hung up")

@@ -333,9 +333,9 @@ class PeerClient:
     def _receive(self, number: int) -> Answer:
         deadline = time.monotonic() + self._timeout_seconds
         while True:
-            self._line.wait(deadline - time.monotonic())
+            frame = self._line.receive(deadline - time.monotonic())
             try:
-                answer = ANSWERS.decode(self._line.socket.recv())
+                answer = ANSWERS.decode(frame)
             except MALFORMED as error:
                 raise ProtocolError(
                     f"the source at {self.peer.address} answered nonsense: {error}"

@@ -149,8 +149,7 @@ def preferred() -> bool:
 
 def _receive(line: Line, request: bytes, into: memoryview, timeout_seconds: float) -> None:
     """The answer to the oldest request that has none; written where it belongs."""
-    line.wait(timeout_seconds)
-    if line.socket.recv() != request:
+    if line.receive(timeout_seconds) != request:
         raise ProtocolError(f"the source at {line.address} answered what was not asked")
     if not line.socket.getsockopt(zmq.RCVMORE):
         raise PeerLost(f"the source at {line.address} has ended the lease")
