@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from checkpoint_engine.bench.children import next_line, say
 from checkpoint_engine.calls import engine_requests
+from checkpoint_engine.children import next_line, say
 from checkpoint_engine.ps import ParameterServer
 
 __all__ = ["joiner_process"]

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from checkpoint_engine.bench.children import say
 from checkpoint_engine.bench.measure import Samples, Tell, Unavailable, run_rounds
 from checkpoint_engine.bench.peers import Bare, Move, PeerReader, peer_reader
+from checkpoint_engine.children import say
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,

@@ -29,8 +29,9 @@ from checkpoint_engine.bench.measure import Row, Samples, Tell
 from checkpoint_engine.bench.replica import replica_process
 from checkpoint_engine.bench.weights import Size, make_model, parameters, save_folder
 from checkpoint_engine.calls import engine_requests
+from checkpoint_engine.children import next_line, say
 from checkpoint_engine.codec.digest import digest_pieces
-from checkpoint_engine.errors import AdapterError, PeerLost
+from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.sources import TensorSource
@@ -154,10 +155,7 @@ class _Trainer:
     def end(self) -> _Told:
         """Stop, and tell."""
         self._say("stop")
-        assert self._process.stdout is not None, "its output is a pipe"
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerLost("the trainer process died")
+        line = next_line(self._process, 2 * TIMEOUT_SECONDS, "the trainer process")
         return msgspec.json.decode(line, type=_Told)
 
     def _say(self, word: str) -> None:
@@ -245,9 +243,7 @@ def _main(argument: str) -> None:
             doing = thread.submit(getattr(work, line.strip()), stop)
             sys.stdin.readline()
             stop.set()
-            told = _Told(tuple(doing.result(TIMEOUT_SECONDS)))
-            sys.stdout.buffer.write(msgspec.json.encode(told) + b"\n")
-            sys.stdout.buffer.flush()
+            say(_Told(tuple(doing.result(TIMEOUT_SECONDS))))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import zmq
 
-from checkpoint_engine.bench.children import next_line, say
 from checkpoint_engine.bench.link import FarHost
 from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
+from checkpoint_engine.children import next_line, say
 from checkpoint_engine.codec.digest import check_bucket
 from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.manifest import Manifest

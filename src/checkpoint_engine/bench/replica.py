@@ -9,14 +9,13 @@ Its weights are random and nobody asks it anything, so that updates are measured
 from __future__ import annotations
 
 import os
-import selectors
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost
+from checkpoint_engine.children import next_line
 
 __all__ = ["replica_process"]
 
@@ -40,29 +39,16 @@ def replica_process(folder: Path) -> Iterator[str]:
             [sys.executable, "-m", "checkpoint_engine", "replica", *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
             env=environment,
         )
     try:
-        yield _endpoint(child, log)
+        announced = next_line(child, START_SECONDS, "the replica", log)
+        yield announced.split()[-1].decode()  # the URL
     finally:
         _stop(child)
 
 
-def _endpoint(child: subprocess.Popen[str], log: Path) -> str:
-    """The URL that ends the line with which a replica announces itself."""
-    assert child.stdout is not None, "its output is a pipe"
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        if not selector.select(START_SECONDS):
-            raise DeadlineExceeded(f"the replica does not serve after {START_SECONDS:.0f} s")
-    line = child.stdout.readline()
-    if not line:
-        raise PeerLost(f"the replica ended before it served: {log.read_text()[-2000:]}")
-    return line.split()[-1]
-
-
-def _stop(child: subprocess.Popen[str]) -> None:
+def _stop(child: subprocess.Popen[bytes]) -> None:
     child.terminate()
     try:
         child.wait(STOP_SECONDS)

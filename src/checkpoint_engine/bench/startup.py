@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint_engine.bench.children import next_line, say
 from checkpoint_engine.bench.measure import Operation, Samples, Tell, run_rounds
+from checkpoint_engine.children import next_line, say
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.sources import SafetensorsSource, Share
 from checkpoint_engine.transport.address import LOOPBACK

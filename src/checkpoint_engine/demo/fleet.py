@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import selectors
 import subprocess
 import sys
 import threading
@@ -26,7 +25,8 @@ from typing import Any
 
 import httpx
 
-from checkpoint_engine.errors import AdapterError, DeadlineExceeded, PeerLost
+from checkpoint_engine.children import next_line
+from checkpoint_engine.errors import AdapterError
 
 __all__ = ["Fleet", "Replica", "Traffic"]
 
@@ -84,7 +84,7 @@ class Fleet:
 
     def __init__(self, folder: Path, *, num_replicas: int, log_dir: Path, token: str) -> None:
         self._folder, self._log_dir, self._token = folder, log_dir, token
-        self._children: list[subprocess.Popen[str]] = []
+        self._children: list[subprocess.Popen[bytes]] = []
         self.replicas: tuple[Replica, ...] = ()
         self.dead: set[str] = set()
         try:
@@ -145,7 +145,7 @@ class Fleet:
     ) -> None:
         self.close()
 
-    def _spawn(self, number: int, port: int) -> subprocess.Popen[str]:
+    def _spawn(self, number: int, port: int) -> subprocess.Popen[bytes]:
         name = f"replica-{number}"
         arguments = ["--model", str(self._folder), "--port", str(port), "--name", name]
         environment = {
@@ -159,23 +159,14 @@ class Fleet:
                 [sys.executable, "-m", "checkpoint_engine", "replica", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
                 env=environment,
             )
 
     def _endpoint(self, number: int) -> str:
         """The URL that a replica announces on its first line."""
         child, name = self._children[number], f"replica-{number}"
-        assert child.stdout is not None, "its output is a pipe"
-        with selectors.DefaultSelector() as selector:
-            selector.register(child.stdout, selectors.EVENT_READ)
-            if not selector.select(START_SECONDS):
-                raise DeadlineExceeded(f"{name} does not serve after {START_SECONDS:.0f} s")
-        line = child.stdout.readline()
-        if not line:
-            words = (self._log_dir / f"{name}.log").read_text()[-2000:]
-            raise PeerLost(f"{name} ended before it served: {words}")
-        return line.split()[-1]
+        log = self._log_dir / f"{name}.log"
+        return next_line(child, START_SECONDS, name, log).split()[-1].decode()
 
 
 class Traffic:
