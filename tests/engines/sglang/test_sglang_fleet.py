@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sglang_server import SGLangServer, tensors_of
+from engine_server import tensors_of
+from sglang_server import SGLangServer
 from sglang_tools import bring, look, requests_to
 
 from checkpoint_engine.calls import EngineRequest

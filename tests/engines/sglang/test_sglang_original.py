@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sglang_server import SGLangServer, environment
+from engine_server import environment
+from sglang_server import SGLangServer
 
 from children import wait_until
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sglang_server import SGLangServer, environment, tensors_of
+from engine_server import environment, tensors_of
+from sglang_server import SGLangServer
 from sglang_tools import bring, look, requests_to
 
 from checkpoint_engine.engines.endpoint import Endpoint

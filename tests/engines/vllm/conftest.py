@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vllm_server import EXTENSION, ROOT, VllmServer, make_checkpoint
+from engine_server import python_of
+from vllm_server import EXTENSION, VllmServer, make_checkpoint
 from vllm_tools import Fresh
-
-from checkpoint_engine.ps import ParameterServer
-
-BUILD_SECONDS = 1800.0
-
-
-@pytest.fixture(scope="session", autouse=True)
-def short_sockets() -> Iterator[Path]:
-    """One folder for all, since servers outlive tests; a socket's path must be short."""
-    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CKPT_ENGINE_SOCKET_DIR", str(folder / "s"))
-        yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(autouse=True)
-def own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a registry of its own, and no launcher's variables."""
-    monkeypatch.setenv("CKPT_ENGINE_STATE_DIR", str(tmp_path / "state"))
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """The Python of vLLM's environment, which is made if it is not there."""
-    if given := os.environ.get("CKPT_ENGINE_VLLM_PYTHON"):
-        return Path(given)
-    built = subprocess.run(
-        [str(ROOT / "scripts/engines/vllm")],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=BUILD_SECONDS,
-        check=False,
-    )
-    assert built.returncode == 0, "scripts/engines/vllm could not build the environment"
-    return Path(built.stdout.strip())
-
-
-@pytest.fixture(scope="session")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("logs")
+    return python_of("vllm")
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +38,7 @@ def start(python: Path, logs: Path) -> Callable[..., VllmServer]:
         log = logs / f"{len(list(logs.iterdir()))}"
         server = VllmServer(python, folder, log, *options, **variables)
         try:
-            server.wait()
+            server.wait_for("/health")
         except BaseException:
             server.kill()
             raise
@@ -102,10 +61,3 @@ def server(
     with start(checkpoints[0], "--worker-extension-cls", EXTENSION) as server:
         fresh.remember(checkpoints[0], server)
         yield server
-
-
-@pytest.fixture
-def ps() -> Iterator[ParameterServer]:
-    server = ParameterServer()
-    yield server
-    server.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_server import save_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
-from vllm_server import EXTENSION, SHAPE, VllmServer, save_tensors, save_tokenizer, weights_of
+from vllm_server import EXTENSION, SHAPE, VllmServer, save_tokenizer, weights_of
 from vllm_tools import update
 
 from checkpoint_engine.ps import ParameterServer

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_server import EXTENSION, VllmServer, tensors_of, weights_of
+from engine_server import tensors_of
+from vllm_server import EXTENSION, VllmServer, weights_of
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed

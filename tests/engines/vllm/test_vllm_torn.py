@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_server import EXTENSION, VllmServer, save_tensors, weights_of
+from engine_server import save_tensors
+from vllm_server import EXTENSION, VllmServer, weights_of
 from vllm_tools import Fresh, lacking, update
 
 from checkpoint_engine.errors import UpdateFailed

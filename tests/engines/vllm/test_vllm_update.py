@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_server import PROMPT, VllmServer, environment, save_tensors, tensors_of, weights_of
+from engine_server import environment, save_tensors, tensors_of
+from vllm_server import PROMPT, VllmServer, weights_of
 from vllm_tools import Fresh, damage, lacking, update
 
 from checkpoint_engine.calls import engine_requests, request_inference_to_update

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from vllm_server import EXTENSION, VllmServer, save_tensors, tensors_of, weights_of
+from engine_server import save_tensors, tensors_of
+from vllm_server import EXTENSION, VllmServer, weights_of
 from vllm_tools import Fresh, damage, lacking, update
 
 from checkpoint_engine.calls import engine_requests
@@ -88,17 +90,17 @@ def test_both_go_back_when_loading_fails_half_way(
 class OwnEndpoints:
     """vLLM's own endpoints for weight transfer, as a trainer calls them."""
 
-    def __init__(self, server: VllmServer) -> None:
-        self._server = server
+    def __init__(self, server: VllmServer, label: str) -> None:
+        self._server, self._label = server, label
         self.status = 0
 
-    def __call__(self, handles: list[tuple[str, str]], label: str = "") -> None:
+    def __call__(self, handles: list[tuple[str, str]]) -> None:
         server = self._server
         server.post("/pause?mode=keep")
         server.post("/start_weight_update")
         body = {"update_info": {"zmq_handles": dict(handles)}}
         self.status = server.client.post("/update_weights", json=body).status_code
-        finish = {"weight_version": label} if self.status == 200 else None
+        finish = {"weight_version": self._label} if self.status == 200 else None
         server.client.post("/finish_weight_update", json=finish)
         server.post("/reset_prefix_cache?reset_running_requests=true")
         server.post("/resume")
@@ -111,22 +113,21 @@ def test_vllms_own_endpoints_do_the_same(
     checkpoints: list[Path],
     tmp_path: Path,
 ) -> None:
+    def take(file: Path, label: str) -> int:
+        call = OwnEndpoints(server, label)
+        ps.register_checkpoint(label, files=[file])
+        ps.gather_metas(label)
+        fails = pytest.raises(UpdateFailed, match="lacks") if label == "bad" else nullcontext()
+        with fails:
+            ps.update(label, [call])
+        return call.status
+
     server.post("/init_weight_transfer_engine", {"init_info": {}})
     update(ps, server, weights_of(checkpoints[0]), "start")
-    call = OwnEndpoints(server)
-    ps.register_checkpoint("own-1", files=[weights_of(checkpoints[1])])
-    ps.gather_metas("own-1")
-    ps.update("own-1", [call])
-    assert (call.status, server.generate()) == (200, tokens[1])
-    file = save_tensors(tmp_path / "bad.safetensors", lacking(checkpoints[0]))
-    ps.register_checkpoint("bad", files=[file])
-    ps.gather_metas("bad")
-    with pytest.raises(UpdateFailed, match="lacks"):
-        ps.update("bad", [call])
-    assert call.status == 500
-    assert server.generate() == tokens[1]
+    assert take(weights_of(checkpoints[1]), "own-1") == 200
+    assert (server.generate(), server.label) == (tokens[1], "own-1")
+    assert take(save_tensors(tmp_path / "bad.safetensors", lacking(checkpoints[0])), "bad") == 500
+    assert (server.generate(), server.label) == (tokens[1], "own-1")
     assert [answer["rank"] for answer in server.call("ckpt_update_state")] == [0, 1]
-    ps.register_checkpoint("own-2", files=[weights_of(checkpoints[0])])
-    ps.gather_metas("own-2")
-    ps.update("own-2", [call])
-    assert (call.status, server.generate()) == (200, tokens[0])
+    assert take(weights_of(checkpoints[0]), "own-2") == 200
+    assert (server.generate(), server.label) == (tokens[0], "own-2")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
-from safetensors.torch import load_file, save_file
+from engine_server import ROOT, EngineServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,12 +20,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from children import free_port
-
-ROOT = Path(__file__).parents[3]
 EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
-START_SECONDS = 240.0
-ANSWER_SECONDS = 120.0
+SERVER_VARIABLES = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)]),
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 PROMPT = list(range(1, 301))  # more than a block of the prefix cache, which has 128 tokens
 
 SHAPE = {
@@ -69,69 +68,18 @@ def weights_of(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
-    return dict(load_file(weights_of(folder)))
-
-
-def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    save_file(dict(tensors), file)
-    return file
-
-
-class VllmServer:
-    """One server in a process group of its own. The context manager ends it, whatever happened."""
+class VllmServer(EngineServer):
+    """See `EngineServer`."""
 
     def __init__(
         self, python: Path, folder: Path, log: Path, *options: str, **variables: str
     ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = log
-        # vLLM hangs up after an error, which must not be taken for the answer to the next request.
-        one_each = httpx.Limits(max_keepalive_connections=0)
-        self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS, limits=one_each)
         command = [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
-            "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "bfloat16",
-            "--enforce-eager", *options,
+            "--served-model-name", "m", "--max-model-len", "1024", "--max-num-seqs", "8",
+            "--dtype", "bfloat16", "--enforce-eager", *options,
         ]  # fmt: skip
-        with log.open("w") as out:
-            self._process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment(**variables),
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def wait(self) -> None:
-        """Until it serves."""
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert self._process.poll() is None, f"the server ended:\n{self.log[-3000:]}"
-            assert time.monotonic() < deadline, f"it never served:\n{self.log[-3000:]}"
-            try:
-                if self.client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass  # it does not listen yet
-            time.sleep(0.2)
-
-    def get(self, path: str) -> Any:
-        answer = self.client.get(path)
-        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
-        return answer.json()
-
-    def post(self, path: str, body: object = None) -> Any:
-        answer = self.client.post(path, json=body)
-        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        super().__init__(command, log, {**SERVER_VARIABLES, **variables})
 
     def call(self, method: str, *args: object) -> list[Any]:
         """What every worker answers."""
@@ -158,19 +106,6 @@ class VllmServer:
     @property
     def is_paused(self) -> bool:
         return bool(self.get("/is_paused")["is_paused"])
-
-    def kill(self) -> None:
-        """SIGKILL for the server and all its processes."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(30)
-
-    def __enter__(self) -> VllmServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self.kill()
-        self.client.close()
 
 
 class Stream:
@@ -203,20 +138,4 @@ def completion(num_tokens: int, prompt: Sequence[int]) -> dict[str, Any]:
         "temperature": 0.0,
         "ignore_eos": True,
         "return_token_ids": True,
-    }
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """For a process that imports our package from this checkout."""
-    known = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE"))}
-    return {
-        **known,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)]),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        **variables,
     }

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from engine_server import tensors_of
 from safetensors.torch import load_file
-from vllm_server import VllmServer, tensors_of
+from vllm_server import VllmServer
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.ps import ParameterServer
