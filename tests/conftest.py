@@ -12,6 +12,7 @@ import pytest
 import torch
 from e2e_server import COMMAND, Server, Servers, make_environment
 
+from checkpoint_engine.ps import ParameterServer
 from replica_nursery import Nursery
 
 
@@ -44,6 +45,17 @@ def socket_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "s"
     monkeypatch.setenv("CKPT_ENGINE_SOCKET_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def lone_server(
+    socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ParameterServer]:
+    """A parameter server of one rank, with records of its own."""
+    monkeypatch.setenv("CKPT_ENGINE_STATE_DIR", str(tmp_path))
+    server = ParameterServer(rank=0, world_size=1)
+    yield server
+    server.close()
 
 
 @pytest.fixture

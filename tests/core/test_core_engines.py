@@ -107,16 +107,6 @@ def copper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("copper", None)
 
 
-@pytest.fixture
-def server(
-    socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ParameterServer]:
-    monkeypatch.setenv("CKPT_ENGINE_STATE_DIR", str(tmp_path))
-    server = ParameterServer(rank=0, world_size=1)
-    yield server
-    server.close()
-
-
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
@@ -129,24 +119,24 @@ def register(server: ParameterServer, value: float) -> str:
 
 
 def test_a_third_partys_engine_is_found_by_asking_and_taken_along(
-    server: ParameterServer, copper: None, take_update: Callable[..., None]
+    lone_server: ParameterServer, copper: None, take_update: Callable[..., None]
 ) -> None:
     engine = CopperServer("copper", take_update)
     with serving(engine) as url:
         requests = engine_requests([url], rank=0, world_size=1)
-        server.update(register(server, 1), requests)
+        lone_server.update(register(lone_server, 1), requests)
         assert (engine.label, engine.model.weights["w"].tolist()) == ("step-1", [1.0] * 3)
         assert engine.calls == ["/stop_requests", "/take_update", "/label", "/go_on"]
         engine.calls.clear()
         engine.model.refuses = True
         with pytest.raises(UpdateFailed, match="load_weights refused"):
-            server.update(register(server, 2), requests)
+            lone_server.update(register(lone_server, 2), requests)
         assert (engine.label, engine.model.weights["w"].tolist()) == ("step-1", [1.0] * 3)
         assert engine.calls == ["/stop_requests", "/take_update", "/go_on"]
 
 
 def test_what_is_no_engine_that_is_known_is_named(
-    server: ParameterServer, copper: None, take_update: Callable[..., None]
+    lone_server: ParameterServer, copper: None, take_update: Callable[..., None]
 ) -> None:
     engine = CopperServer("tin", take_update)
     with serving(engine) as url:
@@ -154,7 +144,7 @@ def test_what_is_no_engine_that_is_known_is_named(
         with pytest.raises(
             UpdateFailed, match=r"is no engine that is known here \(copper, replica"
         ):
-            server.update(register(server, 1), requests)
+            lone_server.update(register(lone_server, 1), requests)
     assert engine.calls == []
 
 

@@ -26,16 +26,6 @@ def engine(socket_folder: Path) -> Iterator[Child]:
         yield child
 
 
-@pytest.fixture
-def server(
-    socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ParameterServer]:
-    monkeypatch.setenv("CKPT_ENGINE_STATE_DIR", str(tmp_path))
-    server = ParameterServer(rank=0, world_size=1)
-    yield server
-    server.close()
-
-
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """Where a trainer has them."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -60,21 +50,21 @@ def sums(seed: int) -> dict[str, float]:
 
 
 def test_a_loader_on_the_gpu_is_brought_forward_and_back(
-    server: ParameterServer, engine: Child
+    lone_server: ParameterServer, engine: Child
 ) -> None:
-    bring(server, engine, 1)
+    bring(lone_server, engine, 1)
     assert engine.call("sums") == sums(1)
     with pytest.raises(UpdateFailed, match="refused") as failure:
-        bring(server, engine, 2, failing=True)
+        bring(lone_server, engine, 2, failing=True)
     assert failure.value.report.outcome == "rolled_back"
     assert engine.call("sums") == sums(1)
-    bring(server, engine, 3)
+    bring(lone_server, engine, 3)
     assert engine.call("sums") == sums(3)
 
 
-def test_memory_of_the_gpu_is_given_back(server: ParameterServer, engine: Child) -> None:
-    bring(server, engine, 1)
+def test_memory_of_the_gpu_is_given_back(lone_server: ParameterServer, engine: Child) -> None:
+    bring(lone_server, engine, 1)
     before = engine.call("used_bytes")
     for seed in range(2, 6):
-        bring(server, engine, seed)
+        bring(lone_server, engine, seed)
     assert engine.call("used_bytes") - before < SLACK_BYTES
