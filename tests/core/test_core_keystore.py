@@ -318,6 +318,20 @@ def test_a_link_that_was_down_is_used_again(
         waiting.close()
 
 
+def test_a_connection_that_breaks_when_it_is_used_again_is_made_anew(
+    server: KeyServer, connect: Callable[..., KeyClient]
+) -> None:
+    """As one that the other host has forgotten; whoever asks is not to fail for it."""
+    with closing(Link(server.port)) as link:
+        client, near = connect(link.port), connect(server.port)
+        client.set("key", b"value")
+        got = Background(lambda: client.get("later", TIMEOUT_SECONDS))
+        assert not got.is_done(within_seconds=0.1)
+        link.cut()
+        near.set("later", b"value")
+        assert got.result() == b"value"
+
+
 # How ranks find it
 
 
