@@ -1,8 +1,13 @@
-"""Sources of weights: files at rest, live tensors, and both at once."""
+"""Sources of weights: files at rest, live tensors, both at once, and models in training.
+
+What knows models in training is loaded when it is first used: torch's part for it takes seconds.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,45 +20,116 @@ from checkpoint_engine.sources.tensors import TensorSource
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint_engine.sources.gathered import GatheredSource
+    from checkpoint_engine.sources.lora import (
+        adapter_config,
+        adapter_weights,
+        adapter_weights_of,
+        base_weights,
+        base_weights_of,
+        merged_weights,
+        merged_weights_of,
+    )
+    from checkpoint_engine.sources.training import Weight, named_weights, weights_of
+
 __all__ = [
+    "GatheredSource",
     "JoinedSource",
     "SafetensorsSource",
     "Share",
     "Source",
     "TensorSource",
+    "Weight",
+    "adapter_config",
+    "adapter_weights",
+    "adapter_weights_of",
+    "base_weights",
+    "base_weights_of",
+    "merged_weights",
+    "merged_weights_of",
+    "named_weights",
     "safetensors_files",
+    "weights_of",
 ]
+
+_HOMES = {
+    "GatheredSource": "gathered",
+    "Weight": "training",
+    "adapter_config": "lora",
+    "adapter_weights": "lora",
+    "adapter_weights_of": "lora",
+    "base_weights": "lora",
+    "base_weights_of": "lora",
+    "merged_weights": "lora",
+    "merged_weights_of": "lora",
+    "named_weights": "training",
+    "weights_of": "training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 class JoinedSource:
-    """Files and named tensors as one source; the tensors are read under their own names."""
+    """Files and named tensors as one source; the tensors are read under their own names.
+
+    Of tensors that are sharded over ranks, this one keeps a share: see `GatheredSource`.
+    """
 
     def __init__(
         self,
         files: Sequence[str | os.PathLike[str]],
         named_tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        self._tensors = TensorSource(named_tensors)
+        sharded = {name: one for name, one in named_tensors.items() if _is_sharded(one)}
+        plain = {name: one for name, one in named_tensors.items() if name not in sharded}
+        self._tensors, self._sharded = TensorSource(plain), _gathered(sharded)
+        self._named, self._gathered = frozenset(plain), frozenset(sharded)
         self._files = SafetensorsSource(files)
-        self._named = set(named_tensors)
 
     @property
     def files(self) -> TensorFiles | None:
         """The files, unless there are tensors beside them."""
-        return None if self._named else self._files.files
+        return None if self._named or self._gathered else self._files.files
 
     def specs(self) -> Sequence[TensorSpec]:
-        """The tensors of both; a name in both is refused when they are laid out."""
-        return [*self._files.specs(), *self._tensors.specs()]
+        """The tensors of all; a name that is given twice is refused when they are laid out."""
+        sharded = self._sharded.specs() if self._sharded else ()
+        return [*self._files.specs(), *self._tensors.specs(), *sharded]
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` from whichever has the tensor."""
-        (self._tensors if name in self._named else self._files).read_into(name, start, out)
+        if self._sharded and name in self._gathered:
+            self._sharded.read_into(name, start, out)
+        else:
+            (self._tensors if name in self._named else self._files).read_into(name, start, out)
 
     def close(self) -> None:
-        """Close the files and let go of the tensors."""
+        """Close the files and let go of the tensors; waits for ranks that gather with this one."""
         self._files.close()
         self._tensors.close()
+        if self._sharded:
+            self._sharded.close()
+
+
+def _is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor: if so, its module has been loaded."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def _gathered(named_tensors: Mapping[str, torch.Tensor]) -> GatheredSource | None:
+    if not named_tensors:
+        return None
+    from checkpoint_engine.sources.gathered import GatheredSource
+    from checkpoint_engine.sources.training import weights_of
+
+    return GatheredSource(weights_of(named_tensors, as_named=True))
 
 
 class Share:

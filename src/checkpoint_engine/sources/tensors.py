@@ -21,7 +21,7 @@ from checkpoint_engine.dtypes import dtype_name
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.plan.layout import TensorSpec
 
-__all__ = ["TensorSource"]
+__all__ = ["TensorSource", "checked", "copy_bytes", "identity"]
 
 
 class TensorSource:
@@ -32,7 +32,7 @@ class TensorSource:
     """
 
     def __init__(self, named_tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = {name: _checked(name, tensor) for name, tensor in named_tensors.items()}
+        self._tensors = {name: checked(name, tensor) for name, tensor in named_tensors.items()}
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
 
@@ -45,7 +45,7 @@ class TensorSource:
         """The tensors, tied ones once under all their names."""
         tied: dict[object, list[str]] = {}
         for name, tensor in self._tensors.items():
-            tied.setdefault(_identity(name, tensor), []).append(name)
+            tied.setdefault(identity(name, tensor), []).append(name)
         return [self._spec(tuple(sorted(names))) for names in tied.values()]
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
@@ -54,11 +54,7 @@ class TensorSource:
         if not tensor.is_contiguous():
             with self._lock:
                 tensor = self._contiguous(name)
-        wanted = tensor.reshape(-1).view(torch.uint8)[start : start + len(out)]
-        if wanted.is_cpu:  # numpy copies in this thread; torch would start threads from each
-            np.copyto(np.frombuffer(out, dtype=np.uint8), wanted.numpy())
-        else:
-            torch.frombuffer(out, dtype=torch.uint8).copy_(wanted)
+        copy_bytes(tensor, start, out)
 
     def close(self) -> None:
         """Let go of the tensors."""
@@ -76,7 +72,17 @@ class TensorSource:
         return self._tensors[name].contiguous()
 
 
-def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def copy_bytes(tensor: torch.Tensor, start: int, out: memoryview) -> None:
+    """Fill `out` with the bytes of a contiguous tensor from byte `start` on."""
+    wanted = tensor.reshape(-1).view(torch.uint8)[start : start + len(out)]
+    if wanted.is_cpu:  # numpy copies in this thread; torch would start threads from each
+        np.copyto(np.frombuffer(out, dtype=np.uint8), wanted.numpy())
+    else:
+        torch.frombuffer(out, dtype=torch.uint8).copy_(wanted)
+
+
+def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements, detached; raises SourceError if they have no bytes to send."""
     if not isinstance(tensor, torch.Tensor):
         raise SourceError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
@@ -92,7 +98,7 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg()
 
 
-def _identity(name: str, tensor: torch.Tensor) -> object:
+def identity(name: str, tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same elements in memory."""
     if tensor.numel() == 0:
         return name
