@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,21 +11,18 @@ import pytest
 from children import TIMEOUT_SECONDS, Child, Talker, call_all, free_port
 
 
-class TrainRank(Talker):
-    """A forked rank of a trainer: see `train_rank.py`."""
+class Forked(Talker):
+    """A rank of a trainer, or an engine: see `train_rank.py`."""
 
-    def __init__(self, nursery: Child, environment: Mapping[str, str]) -> None:
+    def __init__(self, nursery: Child, role: str, environment: Mapping[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             address = str(Path(folder) / "rank")
             listener.bind(address)
             listener.listen()
             listener.settimeout(TIMEOUT_SECONDS)
-            self.pid = nursery.call("fork", address=address, environment=dict(environment))
+            nursery.call("fork", role=role, address=address, environment=dict(environment))
             self._connection = listener.accept()[0]
         super().__init__(self._connection.makefile("w"), self._connection.makefile("r"))
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         self._connection.shutdown(socket.SHUT_RDWR)
@@ -37,40 +32,50 @@ class TrainRank(Talker):
         self._connection.close()
 
 
-Ranks = list[TrainRank]
+Ranks = list[Forked]
 
 
 @pytest.fixture(scope="session")
-def start_ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Starts the ranks of one trainer, which have met."""
+def start() -> Iterator[Callable[..., Forked]]:
+    """Starts processes that share a folder for their sockets."""
     folder, started = Path(tempfile.mkdtemp(prefix="ckpt-")), []
     with Child("sources/train_rank.py") as nursery:
 
-        def start(world_size: int) -> Ranks:
-            port, server_port = free_port(), free_port()
-            ranks = [
-                TrainRank(
-                    nursery,
-                    {
-                        "RANK": str(rank),
-                        "WORLD_SIZE": str(world_size),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(server_port - 1),
-                        "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
-                        "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
-                    },
-                )
-                for rank in range(world_size)
-            ]
-            started.extend(ranks)
-            numbers = list(range(world_size))
-            call_all(ranks, "meet", rank=numbers, world_size=world_size, port=port)
-            return ranks
+        def start(role: str, **environment: str) -> Forked:
+            folders = {
+                "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
+                "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
+            }
+            started.append(Forked(nursery, role, {**environment, **folders}))
+            return started[-1]
 
         yield start
-        for rank in started:
-            rank.close()
+        for process in started:
+            process.close()
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def start_ranks(start: Callable[..., Forked]) -> Callable[[int], Ranks]:
+    """Starts the ranks of one trainer, which have met."""
+
+    def start_ranks(world_size: int) -> Ranks:
+        port, server_port = free_port(), free_port()
+        ranks = [
+            start(
+                "rank",
+                RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(server_port - 1),
+            )
+            for rank in range(world_size)
+        ]
+        numbers = list(range(world_size))
+        call_all(ranks, "meet", rank=numbers, world_size=world_size, port=port)
+        return ranks
+
+    return start_ranks
 
 
 @pytest.fixture(scope="session")

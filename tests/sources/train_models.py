@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +26,7 @@ class Block(nn.Module):
 
 
 class Odd(nn.Module):
-    """Sizes that no number of ranks divides, several dtypes, tied weights, buffers of both kinds."""
+    """Sizes that no number of ranks divides, dtypes, tied weights, buffers of both kinds."""
 
     def __init__(self, width: int = 12, hidden: int = 20) -> None:
         super().__init__()
@@ -64,8 +67,18 @@ def llama(*, tied: bool, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalL
     return LlamaForCausalLM(config).to(dtype)
 
 
+def with_adapters(base: nn.Module, **options: Any) -> PeftModel:
+    """Adapters that are no longer as they begin, which is to change nothing."""
+    chosen = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
+    return get_peft_model(base, LoraConfig(init_lora_weights=False, **chosen))
+
+
 def make(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
+    if kind == "lora":
+        return with_adapters(llama(tied=True))
+    if kind == "dora":
+        return with_adapters(llama(tied=False), use_dora=True, modules_to_save=["lm_head"])
     if kind == "odd":
         return Odd()
     if kind == "wide":
@@ -82,7 +95,5 @@ def as_text(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    import hashlib
-
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(bytes(flat.numpy())).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,12 +24,21 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 from train_models import Odd, as_text, make
 
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.sources import GatheredSource, named_weights, weights_of
+from checkpoint_engine.sources import (
+    GatheredSource,
+    adapter_weights,
+    merged_weights,
+    merged_weights_of,
+    named_weights,
+    training,
+    weights_of,
+)  # fmt: skip
 from checkpoint_engine.worker import update_weights_from_ipc
-from children import serve
+from children import commands, say, serve
 
 LIMIT = timedelta(seconds=30)
 
@@ -61,8 +72,8 @@ class Rank:
                 plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
                 parallelize_module(block, mesh["tp"], plan)
             shard(self.model, mesh["dp"])
-        else:
-            assert how == "whole"
+        elif how == "ddp":
+            self.model = torch.compile(DistributedDataParallel(self.model), backend="eager")  # type: ignore[assignment]
 
     def step(self) -> None:
         """Train a little."""
@@ -94,18 +105,40 @@ class Rank:
             seen += tensor.nbytes
         return seen, memory("VmHWM:") - before
 
-    def die_after(self, num_tensors: int, bucket_bytes: int) -> None:
-        """In the middle."""
-        for number, _ in enumerate(named_weights(self.model, to=None, bucket_bytes=bucket_bytes)):
-            if number == num_tensors:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def die(self, at_message: int) -> None:
+        """When this many have been gathered, the next time that weights are asked for."""
+        num_gathered, gather = itertools.count(1), training.gather
 
-    def lose(self, name: str) -> None:
-        """Have one tensor less than the others."""
-        model, self.model = self.model, torch.nn.Module()
-        for key, value in model.named_parameters():
-            if key != name:
-                self.model.register_parameter(key.replace(".", "_"), value)  # type: ignore[arg-type]
+        def fatal(*arguments: Any, **options: Any) -> Any:
+            if next(num_gathered) == at_message:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(*arguments, **options)
+
+        training.gather = fatal
+
+    def merged(self, **options: Any) -> list[tuple[str, str]]:
+        """The merged model, as this rank gets it."""
+        return [
+            (name, as_text({name: tensor})[name])
+            for name, tensor in merged_weights(self.model, **options)
+        ]
+
+    def adapter(self) -> dict[str, str]:
+        return as_text(dict(adapter_weights(self.model, "default")))
+
+    def local(self) -> dict[str, str]:
+        """What this rank holds of the model, and of the optimizer."""
+        held = {
+            name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.model.state_dict().items()
+        }
+        return as_text(held)
+
+    def weights_without(self, name: str) -> None:
+        """Ask for one tensor less than the others do."""
+        state = {key: value for key, value in self.model.state_dict().items() if key != name}
+        for _ in named_weights(state):
+            pass
 
     def roundtrip(
         self, shape: list[int], sizes: list[int], dims: list[int | None], dtype: str, to: int | None
@@ -146,38 +179,57 @@ class Rank:
     def serve_weights(self) -> None:
         self.server = ParameterServer()
 
-    def register(self, name: str, how: str, bucket_bytes: int = 1 << 20) -> list[str]:
+    def register(self, name: str, how: str) -> list[str]:
         """This rank's share; returns what it has."""
         if how == "state dict":
             self.server.register_checkpoint(name, named_tensors=self.model.state_dict())
         else:
-            source = GatheredSource(weights_of(self.model), bucket_bytes=bucket_bytes)
-            self.server.register_source(name, source)
-        share = [tensor.name for tensor in self.server._store[name].manifest.tensors]
-        self.server.gather_metas(name)
-        return share
+            made = merged_weights_of(self.model) if how == "merged" else weights_of(self.model)
+            self.server.register_source(name, GatheredSource(made, bucket_bytes=1000))
+        return [tensor.name for tensor in self.server._store[name].manifest.tensors]
 
-    def update(self, name: str) -> tuple[str, dict[str, str]]:
-        """What the engine of this rank has then, and what its version is called."""
+    def gather(self, name: str) -> None:
+        self.server.gather_metas(name)
+
+    def unregister(self, name: str) -> None:
+        self.server.unregister_checkpoint(name)
+
+    def update(self, name: str) -> str:
+        """What the version is called; whoever hears "called" has to call this rank's engine."""
+
+        def request(handles: Any) -> None:
+            own = next(handle for _, handle in handles if handle == self.server._door.address)
+            say(event="called", handle=own)
+            go = commands()
+            assert go is None or go["do"] == "go"
+
+        report = self.server.update(name, [request], timeout=LIMIT)
+        self.server.unregister_checkpoint(name)
+        return report.digest
+
+
+class Engine:
+    """The commands of an engine, which serves whatever it is given."""
+
+    def update(self, handle: str) -> dict[str, str]:
+        """What it has been given."""
         loaded: dict[str, torch.Tensor] = {}
 
         def load(named: list[tuple[str, torch.Tensor]]) -> None:
             loaded.update({key: tensor.clone() for key, tensor in named})
 
-        def request(handles: Any) -> None:
-            handle = next(h for _, h in handles if h == self.server._door.address)
-            update_weights_from_ipc(None, handle, "cpu", run=load)
+        update_weights_from_ipc(None, handle, "cpu", run=load)
+        return as_text(loaded)
 
-        report = self.server.update(name, [request], timeout=LIMIT)
-        self.server.unregister_checkpoint(name)
-        return report.digest, as_text(loaded)
+
+ROLES = {"rank": Rank, "engine": Engine}
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     """Every block for itself, as trainers do, then the rest."""
-    layers = getattr(model, "blocks", None) or getattr(model, "layers", None) or ()
-    for layer in layers or model.model.layers:  # type: ignore[union-attr]
-        fully_shard(layer, mesh=mesh)
+    for name, layer in model.named_modules():
+        if re.fullmatch(r"(.*\.)?(blocks|layers)\.\d+", name):
+            fully_shard(layer, mesh=mesh)
     if isinstance(model, Odd):  # what is sharded together has one dtype
         fully_shard(model.low, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -190,23 +242,23 @@ def memory(entry: str) -> int:
 
 
 class Nursery:
-    """Starts ranks in no time: what they import is imported once, here."""
+    """Starts ranks and engines in no time: what they import is imported once, here."""
 
-    def fork(self, address: str, environment: dict[str, str]) -> int:
-        """The pid of a rank that speaks through the socket at `address`."""
+    def fork(self, role: str, address: str, environment: dict[str, str]) -> int:
+        """The pid of a process that speaks through the socket at `address`."""
         child = os.fork()
         if child == 0:
-            live(address, environment)
+            live(role, address, environment)
         return child
 
 
-def live(address: str, environment: dict[str, str]) -> NoReturn:
+def live(role: str, address: str, environment: dict[str, str]) -> NoReturn:
     try:
         os.environ.update(environment)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(address)
             sys.stdin, sys.stdout = connection.makefile("r"), connection.makefile("w")
-            serve(Rank())
+            serve(ROLES[role]())
     except BaseException:
         traceback.print_exc()
     finally:
