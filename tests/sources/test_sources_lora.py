@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from train_models import as_text, llama, make, with_adapters
+from train_models import as_text, experts, llama, make, with_adapters
 
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.sources import (
@@ -183,6 +183,15 @@ def test_experts_whose_parameters_are_adapted() -> None:
     model = get_peft_model(original, config)
     assert as_text(dict(merged_weights(model))) == merged_by_peft(model)
     assert as_text(dict(base_weights(model))) == expected
+
+
+def test_experts_beside_layers_that_are_adapted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_adapters(experts(), target_modules=["q_proj", "v_proj"])
+    copy.deepcopy(model).merge_and_unload().save_pretrained(tmp_path)
+    saved = as_text(load_file(tmp_path / "model.safetensors"))
+    assert as_text(dict(merged_weights(model))) == saved
+    assert dict(base_weights(model)).keys() == saved.keys()
 
 
 def test_layers_whose_weights_lie_transposed() -> None:

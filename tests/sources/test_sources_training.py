@@ -187,13 +187,24 @@ def test_a_rank_that_cannot_register_does_not_stop_the_others(serving: Ranks) ->
 # Names
 
 
-@pytest.mark.parametrize("kind", ["tied llama", "llama"])
+@pytest.mark.parametrize("kind", ["tied llama", "llama", "experts"])
 def test_names_are_those_of_the_saved_checkpoint(two: Ranks, tmp_path: Path, kind: str) -> None:
     make(kind, 6).save_pretrained(tmp_path)  # type: ignore[operator]
     saved = as_text(load_file(tmp_path / "model.safetensors"))
     assert as_text(dict(named_weights(make(kind, 6)))) == saved
     call_all(two, "build", kind=kind, seed=6, how="fsdp")
     assert dict(call_all(two, "weights")[0]) == saved
+
+
+def test_experts_that_are_saved_one_by_one_are_served_so(
+    serving: Ranks, engines: Ranks, tmp_path: Path
+) -> None:
+    make("experts", 6).save_pretrained(tmp_path)  # type: ignore[operator]
+    saved = as_text(load_file(tmp_path / "model.safetensors"))
+    call_all(serving, "build", kind="experts", seed=6, how="fsdp")
+    call_all(serving, "register", name="experts", how="model")
+    _, given = update(serving, engines, "experts")
+    assert given == [saved] * 4
 
 
 def test_wrappers_leave_no_trace(two: Ranks) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
 class Block(nn.Module):
@@ -67,6 +67,22 @@ def llama(*, tied: bool, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalL
     return LlamaForCausalLM(config).to(dtype)
 
 
+def experts() -> Qwen3MoeForCausalLM:
+    """Saved as one tensor for each expert, kept as one for all."""
+    config = Qwen3MoeConfig(
+        vocab_size=33,
+        hidden_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
 def with_adapters(base: nn.Module, **options: Any) -> PeftModel:
     """Adapters that are no longer as they begin, which is to change nothing."""
     chosen = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
@@ -81,6 +97,8 @@ def make(kind: str, seed: int) -> nn.Module:
         return with_adapters(llama(tied=False), use_dora=True, modules_to_save=["lm_head"])
     if kind == "odd":
         return Odd()
+    if kind == "experts":
+        return experts()
     if kind == "wide":
         return Wide(num_layers=16, width=1024)
     return llama(tied=kind == "tied llama")

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         merged_weights,
         merged_weights_of,
     )
-    from checkpoint_engine.sources.training import Weight, named_weights, weights_of
+    from checkpoint_engine.sources.training import named_weights, weights_of
+    from checkpoint_engine.sources.weight import Weight
 
 __all__ = [
     "GatheredSource",
@@ -54,7 +55,7 @@ __all__ = [
 
 _HOMES = {
     "GatheredSource": "gathered",
-    "Weight": "training",
+    "Weight": "weight",
     "adapter_config": "lora",
     "adapter_weights": "lora",
     "adapter_weights_of": "lora",

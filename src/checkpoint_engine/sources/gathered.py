@@ -23,11 +23,11 @@ from checkpoint_engine.sources.tensors import copy_bytes
 from checkpoint_engine.sources.training import (
     TIMEOUT_SECONDS,
     Keeper,
-    Weight,
     kept,
     share_out,
     stream,
 )
+from checkpoint_engine.sources.weight import Weight
 
 __all__ = ["GatheredSource"]
 
@@ -54,8 +54,7 @@ class GatheredSource:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        # Read in the order of names, one bucket after the other: see `plan.layout`.
-        self._weights = sorted(weights, key=lambda weight: weight.specs[0].names)
+        self._weights = _in_order_of_names(weights)
         self._keeper, self._bucket_bytes = keeper, bucket_bytes
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
@@ -153,3 +152,20 @@ class GatheredSource:
                 )
             if not is_read:
                 raise SourceError("nobody reads what was gathered: read in the order of names")
+
+
+def _in_order_of_names(weights: Sequence[Weight]) -> list[Weight]:
+    """As the store reads them (`plan.layout`); those whose tensors alternate are put together."""
+    ordered: list[list[Weight]] = []
+    last = ""
+    for weight in sorted(weights, key=lambda weight: min(_names(weight))):
+        if ordered and min(_names(weight)) < last:
+            ordered[-1].append(weight)
+        else:
+            ordered.append([weight])
+        last = max(last, *_names(weight))
+    return [Weight.together(group) for group in ordered]
+
+
+def _names(weight: Weight) -> list[str]:
+    return [spec.names[0] for spec in weight.specs]

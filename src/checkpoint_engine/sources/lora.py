@@ -24,16 +24,16 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.sources.saved import as_saved
 from checkpoint_engine.sources.training import (
-    Weight,
-    identity_of,
+    inner_model,
     named_weights,
     plain_name,
-    spec_of,
     state_of,
     tied_names,
     tied_weights,
 )
+from checkpoint_engine.sources.weight import Weight, identity_of, spec_of
 
 __all__ = [
     "adapter_config",
@@ -115,7 +115,8 @@ def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:
         if (layer := _layer_of(name, layers)) is None or _is_base(name, layer)
     }
     base = {_base_name(name): tensor for name, tensor in base.items()}
-    return tied_weights(base, tied_names(found.get_base_model(), base))
+    weights = tied_weights(base, tied_names(found.get_base_model(), base))
+    return as_saved(weights, found.get_base_model())
 
 
 def merged_weights_of(
@@ -131,17 +132,14 @@ def merged_weights_of(
     weights = list(tied_weights(plain, tied_names(found.get_base_model(), plain)))
     for path, layer in layers.items():
         weights.append(_merged(path, layer, state, active))
-    return tuple(weights)
+    return as_saved(weights, found.get_base_model())
 
 
 def _peft(model: torch.nn.Module, adapters: Sequence[str] | None) -> Any:
     """The model of peft's within wrappers, if it has these adapters, and they are LoRA."""
-    found: Any = model
-    while not hasattr(found, "peft_config"):
-        inner = getattr(found, "_orig_mod", None) or getattr(found, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            raise UsageError(f"a {type(model).__name__} is no model of peft's: wrap it first")
-        found = inner
+    found: Any = inner_model(model)
+    if not hasattr(found, "peft_config"):
+        raise UsageError(f"a {type(found).__name__} is no model of peft's: wrap it first")
     if not hasattr(found, "get_base_model"):
         raise UsageError("pass the model that get_peft_model gave, not the base that it wraps")
     for name in found.active_adapters if adapters is None else adapters:

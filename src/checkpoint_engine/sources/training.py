@@ -20,15 +20,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from checkpoint_engine.dtypes import dtype_name
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
-from checkpoint_engine.plan.layout import TensorSpec
-from checkpoint_engine.sources.sharded import agree, check_sharding, gather, local_part, ranks_of
-from checkpoint_engine.sources.tensors import checked, identity
+from checkpoint_engine.sources.saved import as_saved
+from checkpoint_engine.sources.sharded import agree, gather, ranks_of
+from checkpoint_engine.sources.weight import Weight, identity_of
 
 __all__ = [
-    "Keeper", "Weight", "kept", "named_weights", "own_rank", "plain_name", "share_out", "stream",
+    "Keeper", "kept", "named_weights", "own_rank", "plain_name", "share_out", "stream",
     "weights_of",
 ]  # fmt: skip
 
@@ -39,41 +38,6 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 Keeper = Callable[[int, tuple[int, ...]], "int | None"]
 """Who gets bucket number n, whose tensors lie on these ranks: a rank, or None for all of them."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One or more tensors of a checkpoint, and the tensors of training that they are made of.
-
-    Attributes:
-        specs: what is made, each with all its names.
-        parts: what it is made of; borrowed, and sharded or not.
-        make: given the parts, put together, returns a tensor for each spec. It may write into
-            those that were sharded, not into the others.
-    """
-
-    specs: tuple[TensorSpec, ...]
-    parts: tuple[torch.Tensor, ...]
-    make: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda parts: parts
-
-    @classmethod
-    def of(cls, names: tuple[str, ...], tensor: torch.Tensor) -> Weight:
-        """A tensor as it is; raises SourceError if it has no bytes to send."""
-        if isinstance(tensor, DTensor):
-            check_sharding(names[0], tensor)
-            return cls((spec_of(names, tensor),), (tensor,))
-        return cls((spec_of(names, tensor),), (checked(names[0], tensor),))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all parts, put together."""
-        return sum(part.numel() * part.element_size() for part in self.parts)
-
-    @property
-    def meshes(self) -> tuple[DeviceMesh, ...]:
-        """Over which its parts are sharded."""
-        meshes = (part.device_mesh for part in self.parts if isinstance(part, DTensor))
-        return tuple(dict.fromkeys(meshes))
 
 
 @dataclass(frozen=True)
@@ -126,18 +90,17 @@ def weights_of(
 
     Args:
         source: the model, or its state dict.
-        as_named: whether names stay as a state dict has them, tied ones under all their names;
-            else they are those of a checkpoint.
+        as_named: whether a state dict's names stay as they are, tied ones under all their names;
+            else those of wrappers go, and tied weights have one.
 
     Raises:
         SourceError: a tensor cannot be sent, or what the model declares as tied is not.
     """
     if isinstance(source, torch.nn.Module):
         state = state_of(source)
-        tied = tied_names(source, state)
-    else:
-        state, tied = dict(source) if as_named else unwrapped(source), frozenset()
-    return tied_weights(state, tied, as_named=as_named)
+        weights = tied_weights(state, tied_names(source, state))
+        return weights if as_named else as_saved(weights, inner_model(source))
+    return tied_weights(dict(source) if as_named else unwrapped(source), (), as_named=as_named)
 
 
 def tied_weights(
@@ -205,6 +168,15 @@ def kept(weights: Sequence[Weight], keeper: Keeper, bucket_bytes: int) -> list[W
     ]
 
 
+def inner_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The model within what wraps all of it."""
+    while type(module).__name__ in ("OptimizedModule", "DistributedDataParallel"):
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        assert isinstance(inner, torch.nn.Module)
+        module = inner
+    return module
+
+
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's parameters and persistent buffers, by their names in its checkpoint."""
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
@@ -268,29 +240,9 @@ def checkpoint_name(names: Sequence[str], tied: Collection[str]) -> str:
     return next((name for name in names if name not in tied), names[0])
 
 
-def spec_of(names: tuple[str, ...], tensor: torch.Tensor) -> TensorSpec:
-    """How a tensor is announced; raises SourceError if its dtype has no name."""
-    try:
-        dtype, shape = dtype_name(tensor)
-    except UsageError as error:
-        raise SourceError(f"tensor {names[0]!r}: {error}") from error
-    return TensorSpec(names=names, dtype=dtype, shape=shape)
-
-
 def own_rank() -> int:
     """This rank; 0 where there are no others."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def identity_of(name: str, tensor: torch.Tensor) -> object:
-    """Equal for tied tensors, on every rank alike: also where this rank's part is empty."""
-    if not isinstance(tensor, DTensor):
-        return identity(name, checked(name, tensor))
-    part = checked(name, local_part(tensor))
-    # An empty part of FSDP2's is padded, so its storage is one all the same.
-    memory = part.untyped_storage().data_ptr() or id(tensor)
-    layout = (part.storage_offset(), tuple(part.shape), tuple(part.stride()))
-    return (memory, layout, tensor.dtype, tensor.shape, tensor.placements)
 
 
 def _buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[Bucket]:
