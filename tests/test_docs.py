@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_python_in_the_readme_is_python() -> None:
     assert blocks
     for block in blocks:
         ast.parse(block)
+
+
+def test_names_that_the_documents_import_exist() -> None:
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    imports = [
+        node
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("checkpoint_engine")
+    ]
+    assert len(imports) >= 5
+    for node in imports:
+        module = importlib.import_module(str(node.module))
+        assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_targets_in_the_readme_exist() -> None:

@@ -125,7 +125,7 @@ class ParameterServer:
         Args:
             checkpoint_name: what to call it; also its weight version unless `update` says else.
             files: safetensors files.
-            named_tensors: tensors on any device.
+            named_tensors: on any device; of those sharded over ranks, this one keeps a share.
             use_shared_memory_pool: keep the memory for the next such checkpoint, faulted in, and
                 let go of all but the last two by itself. For a trainer's loop.
             use_inplace_pin_memory: accepted for compatibility; without a GPU nothing is pinned.

@@ -253,6 +253,13 @@ def test_a_sharded_model_is_merged_layer_by_layer(two: Ranks, kind: str, bucket_
     assert call_all(two, "adapter") == [adapter, {}]
 
 
+def test_layers_that_are_sharded_one_by_one_are_merged(two: Ranks) -> None:
+    """As wrappers do that go by the size or the kind of each module."""
+    expected = merged_by_peft(make("dora", 4))  # type: ignore[arg-type]
+    call_all(two, "build", kind="dora", seed=4, how="fsdp of leaves")
+    assert dict(call_all(two, "merged")[0]) == expected
+
+
 # What cannot be sent
 
 

@@ -61,6 +61,11 @@ class Rank:
         world_size = dist.get_world_size()
         if how == "fsdp":
             shard(self.model, init_device_mesh("cpu", (world_size,)))
+        elif how == "fsdp of leaves":
+            mesh = init_device_mesh("cpu", (world_size,))
+            for module in reversed(list(self.model.modules())):
+                if hasattr(module, "base_layer") or module._parameters:
+                    fully_shard(module, mesh=mesh)
         elif how == "hsdp":
             shard(
                 self.model,
@@ -80,6 +85,12 @@ class Rank:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.model(torch.arange(7)).sum().backward()
         optimizer.step()
+
+    def look(self) -> None:
+        """A forward pass, after which the root stays gathered."""
+        with torch.no_grad():
+            self.model(torch.arange(7))
+        assert not isinstance(self.model.embed.weight, DTensor)  # type: ignore[union-attr]
 
     def full(self) -> dict[str, str]:
         """The whole model, by torch's own way."""
@@ -179,13 +190,15 @@ class Rank:
     def serve_weights(self) -> None:
         self.server = ParameterServer()
 
-    def register(self, name: str, how: str) -> list[str]:
+    def register(self, name: str, how: str, without: str = "") -> list[str]:
         """This rank's share; returns what it has."""
         if how == "state dict":
             self.server.register_checkpoint(name, named_tensors=self.model.state_dict())
         else:
-            made = merged_weights_of(self.model) if how == "merged" else weights_of(self.model)
-            self.server.register_source(name, GatheredSource(made, bucket_bytes=1000))
+            made: Any = merged_weights_of(self.model) if how == "merged" else weights_of(self.model)
+            made = [weight for weight in made if weight.specs[0].names != (without,)]
+            source = GatheredSource(made, bucket_bytes=1000, timeout_seconds=20)
+            self.server.register_source(name, source)
         return [tensor.name for tensor in self.server._store[name].manifest.tensors]
 
     def gather(self, name: str) -> None:
