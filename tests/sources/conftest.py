@@ -86,3 +86,31 @@ def two(start_ranks: Callable[[int], Ranks]) -> Ranks:
 @pytest.fixture(scope="session")
 def four(start_ranks: Callable[[int], Ranks]) -> Ranks:
     return start_ranks(4)
+
+
+@pytest.fixture(scope="session")
+def serving(four: Ranks) -> Ranks:
+    """Ranks that are those of a parameter server, too."""
+    call_all(four, "serve_weights")
+    return four
+
+
+@pytest.fixture(scope="session")
+def publish(
+    serving: Ranks, start: Callable[..., Forked]
+) -> Callable[[str], tuple[str, list[dict[str, str]]]]:
+    """Brings a version to four engines; returns its digest, and what each was given."""
+    engines = [start("engine") for _ in serving]
+
+    def publish(name: str) -> tuple[str, list[dict[str, str]]]:
+        call_all(serving, "gather", name=name)
+        numbers = [rank.send("update", name=name) for rank in serving]
+        handles = [rank.wait_for("called")["handle"] for rank in serving]
+        given = call_all(engines, "update", handle=handles)
+        for rank in serving:
+            rank.send("go")
+        digests = {rank.result(number) for rank, number in zip(serving, numbers, strict=True)}
+        assert len(digests) == 1
+        return digests.pop(), given
+
+    return publish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from checkpoint_engine.sources import (
 from children import call_all
 
 Ranks = list[Any]
+Publish = Callable[[str], tuple[str, list[dict[str, str]]]]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:UserWarning:peft", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -251,6 +252,14 @@ def test_a_sharded_model_is_merged_layer_by_layer(two: Ranks, kind: str, bucket_
     assert call_all(two, "local") == held
     adapter = as_text(dict(adapter_weights(make(kind, 3), "default")))
     assert call_all(two, "adapter") == [adapter, {}]
+
+
+def test_engines_end_with_the_merged_model(serving: Ranks, publish: Publish) -> None:
+    call_all(serving, "build", kind="dora", seed=5, how="fsdp")
+    shares = call_all(serving, "register", name="merged", how="merged")
+    assert all(shares)
+    _, given = publish("merged")
+    assert given == [merged_by_peft(make("dora", 5))] * 4  # type: ignore[arg-type]
 
 
 def test_layers_that_are_sharded_one_by_one_are_merged(two: Ranks) -> None:

@@ -20,6 +20,7 @@ from checkpoint_engine.store import digest_in_place
 from children import call_all
 
 Ranks = list[Any]
+Publish = Callable[[str], tuple[str, list[dict[str, str]]]]
 
 # Sharded over ranks
 
@@ -128,34 +129,10 @@ def test_ranks_that_ask_for_different_weights_are_told(two: Ranks) -> None:
 # The trainer's ranks are the parameter server's
 
 
-@pytest.fixture(scope="module")
-def serving(four: Ranks) -> Ranks:
-    call_all(four, "serve_weights")
-    return four
-
-
-@pytest.fixture(scope="module")
-def engines(start: Callable[..., Any]) -> Ranks:
-    return [start("engine") for _ in range(4)]
-
-
-def update(ranks: Ranks, engines: Ranks, name: str) -> tuple[str, list[dict[str, str]]]:
-    """What a version is called, and what each engine was given."""
-    call_all(ranks, "gather", name=name)
-    numbers = [rank.send("update", name=name) for rank in ranks]
-    handles = [rank.wait_for("called")["handle"] for rank in ranks]
-    given = call_all(engines, "update", handle=handles)
-    for rank in ranks:
-        rank.send("go")
-    digests = {rank.result(number) for rank, number in zip(ranks, numbers, strict=True)}
-    assert len(digests) == 1
-    return digests.pop(), given
-
-
 @pytest.mark.parametrize("how", ["fsdp", "hsdp", "fsdp and tp"])
 @pytest.mark.parametrize("source", ["state dict", "model"])
 def test_every_engine_ends_with_the_full_model(
-    serving: Ranks, engines: Ranks, how: str, source: str
+    serving: Ranks, publish: Publish, how: str, source: str
 ) -> None:
     call_all(serving, "build", kind="odd", seed=3, how=how)
     call_all(serving, "step")
@@ -163,7 +140,7 @@ def test_every_engine_ends_with_the_full_model(
     if source == "model":
         whole.pop("head.weight")
     shares = call_all(serving, "register", name=how, how=source)
-    _, given = update(serving, engines, how)
+    _, given = publish(how)
     assert given == [whole] * 4
     if source == "model":  # in many small buckets
         assert all(shares), "every rank has a share"
@@ -171,11 +148,11 @@ def test_every_engine_ends_with_the_full_model(
 
 
 def test_a_version_is_called_as_if_it_had_never_been_sharded(
-    serving: Ranks, engines: Ranks
+    serving: Ranks, publish: Publish
 ) -> None:
     call_all(serving, "build", kind="odd", seed=4, how="fsdp")
     call_all(serving, "register", name="sharded", how="state dict")
-    digest, _ = update(serving, engines, "sharded")
+    digest, _ = publish("sharded")
     assert digest == digest_in_place(TensorSource(make("odd", 4).state_dict())).digest
 
 
@@ -228,13 +205,13 @@ def test_names_are_those_of_the_saved_checkpoint(two: Ranks, tmp_path: Path, kin
 
 
 def test_experts_that_are_saved_one_by_one_are_served_so(
-    serving: Ranks, engines: Ranks, tmp_path: Path
+    serving: Ranks, publish: Publish, tmp_path: Path
 ) -> None:
     make("experts", 6).save_pretrained(tmp_path)  # type: ignore[operator]
     saved = as_text(load_file(tmp_path / "model.safetensors"))
     call_all(serving, "build", kind="experts", seed=6, how="fsdp")
     call_all(serving, "register", name="experts", how="model")
-    _, given = update(serving, engines, "experts")
+    _, given = publish("experts")
     assert given == [saved] * 4
 
 
