@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from train_models import as_text, experts, llama, make, with_adapters
 
 from checkpoint_engine.errors import SourceError, UsageError
@@ -193,6 +194,20 @@ def test_experts_beside_layers_that_are_adapted(tmp_path: Path) -> None:
     saved = as_text(load_file(tmp_path / "model.safetensors"))
     assert as_text(dict(merged_weights(model))) == saved
     assert dict(base_weights(model)).keys() == saved.keys()
+
+
+def test_wrappers_leave_no_trace() -> None:
+    torch.manual_seed(0)
+    model = with_adapters(llama(tied=True), modules_to_save=["up_proj"])
+    expected = [as_text(dict(sent)) for sent in all_weights(model)]
+    layers = model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    wrapped = torch.compile(model, backend="eager")
+    assert [as_text(dict(sent)) for sent in all_weights(wrapped)] == expected
+
+
+def all_weights(model: Any) -> list[Iterator[tuple[str, torch.Tensor]]]:
+    return [merged_weights(model), base_weights(model), adapter_weights(model, "default")]
 
 
 def test_layers_whose_weights_lie_transposed() -> None:

@@ -156,6 +156,15 @@ def test_a_version_is_called_as_if_it_had_never_been_sharded(
     assert digest == digest_in_place(TensorSource(make("odd", 4).state_dict())).digest
 
 
+def test_a_share_is_gathered_while_it_is_registered(serving: Ranks) -> None:
+    call_all(serving, "build", kind="wide", seed=0, how="fsdp")
+    bucket_bytes = 4 << 20
+    call_all(serving, "peak_registering", bucket_bytes=bucket_bytes)
+    results = call_all(serving, "peak_registering", bucket_bytes=bucket_bytes)
+    assert [share for share, _ in results] == [16 << 20] * 4
+    assert max(beside for _, beside in results) < 6 * bucket_bytes, "and not 64 MiB"
+
+
 def test_a_rank_that_cannot_register_does_not_stop_the_others(serving: Ranks) -> None:
     call_all(serving, "build", kind="odd", seed=5, how="whole")
     serving[1].call("register", name="taken", how="model")

@@ -30,11 +30,11 @@ class Odd(nn.Module):
 
     def __init__(self, width: int = 12, hidden: int = 20) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, width)
+        self.embed = nn.Embedding(3, width)
         self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(2))
         self.low = nn.Linear(width, 3, bias=False, dtype=torch.bfloat16)
         self.one = nn.Linear(width, 1)
-        self.head = nn.Linear(width, 7, bias=False)
+        self.head = nn.Linear(width, 3, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("steps", torch.arange(5))
         self.register_buffer("cache", torch.zeros(4), persistent=False)

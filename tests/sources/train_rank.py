@@ -83,13 +83,13 @@ class Rank:
     def step(self) -> None:
         """Train a little."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.model(torch.arange(7)).sum().backward()
+        self.model(torch.arange(3)).sum().backward()
         optimizer.step()
 
     def look(self) -> None:
         """A forward pass, after which the root stays gathered."""
         with torch.no_grad():
-            self.model(torch.arange(7))
+            self.model(torch.arange(3))
         assert not isinstance(self.model.embed.weight, DTensor)  # type: ignore[union-attr]
 
     def full(self) -> dict[str, str]:
@@ -115,6 +115,16 @@ class Rank:
         for _, tensor in named_weights(self.model, bucket_bytes=bucket_bytes):
             seen += tensor.nbytes
         return seen, memory("VmHWM:") - before
+
+    def peak_registering(self, bucket_bytes: int) -> tuple[int, int]:
+        """Bytes that this rank registered, and by how much memory was exceeded beside them."""
+        source = GatheredSource(weights_of(self.model), bucket_bytes=bucket_bytes)
+        before = memory("VmRSS:")
+        Path("/proc/self/clear_refs").write_text("5")
+        self.server.register_source("wide", source)
+        peak, share = memory("VmHWM:") - before, self.server._store["wide"].manifest.num_bytes
+        self.server.unregister_checkpoint("wide")
+        return share, peak - share
 
     def die(self, at_message: int) -> None:
         """When this many have been gathered, the next time that weights are asked for."""

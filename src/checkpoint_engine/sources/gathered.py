@@ -55,6 +55,7 @@ class GatheredSource:
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._weights = _in_order_of_names(weights)
+        self._num_weights = len(self._weights)
         self._keeper, self._bucket_bytes = keeper, bucket_bytes
         self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
@@ -63,6 +64,9 @@ class GatheredSource:
         self._closed = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
+        # A thread begins on the first device, whatever this rank's is.
+        has_device = torch.accelerator.is_available()
+        self._device = torch.accelerator.current_device_index() if has_device else None
 
     @property
     def files(self) -> None:
@@ -113,7 +117,8 @@ class GatheredSource:
         return self._closed or self._error is not None
 
     def _timeout(self) -> float:
-        return self._timeout_seconds + 1.0  # what is gathered has a deadline itself, and says more
+        """Seconds until the thread has failed or is done: each of its messages has a deadline."""
+        return self._timeout_seconds * (self._num_weights + 1)
 
     def _begin(self) -> None:
         with self._changed:
@@ -123,6 +128,8 @@ class GatheredSource:
 
     def _run(self) -> None:
         try:
+            if self._device is not None:
+                torch.accelerator.set_device_index(self._device)
             self._gather()
         except Exception as error:
             with self._changed:
@@ -148,7 +155,7 @@ class GatheredSource:
                     self._changed.notify_all()
                 ready = {}
                 is_read = self._changed.wait_for(
-                    lambda: self._closed or not self._ready, self._timeout()
+                    lambda: self._closed or not self._ready, self._timeout_seconds
                 )
             if not is_read:
                 raise SourceError("nobody reads what was gathered: read in the order of names")

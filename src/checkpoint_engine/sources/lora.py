@@ -32,6 +32,7 @@ from checkpoint_engine.sources.training import (
     state_of,
     tied_names,
     tied_weights,
+    unwrapped,
 )
 from checkpoint_engine.sources.weight import Weight, identity_of, spec_of
 
@@ -98,11 +99,13 @@ def adapter_weights_of(model: torch.nn.Module, adapter: str) -> tuple[Weight, ..
     from peft import get_peft_model_state_dict
 
     found = _peft(model, [adapter])
-    state = {f"{PREFIX}{name}": tensor for name, tensor in _state(found).items()}
+    state_of(found)  # has FSDP2 take back what a forward pass has left gathered
+    # peft looks for the names of modules, which are not a state dict's where there are wrappers.
+    state = dict(found.named_parameters(remove_duplicate=False)) | dict(found.named_buffers())
     tensors: State = get_peft_model_state_dict(
         found, state_dict=state, adapter_name=adapter, save_embedding_layers=False
     )
-    return tuple(Weight.of((name,), tensor) for name, tensor in tensors.items())
+    return tuple(Weight.of((name,), tensor) for name, tensor in unwrapped(tensors).items())
 
 
 def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:
