@@ -1,6 +1,6 @@
 """Reinforcement learning against a running server: sample there, train here, send the weights.
 
-    ckpt-engine replica --model ./model --port 8000        # or vLLM, or SGLang: see docs/
+    ckpt-engine replica --model ./model --port 8000   # or vLLM, or SGLang: docs/examples.md
     python examples/rl_loop.py --model ./model --endpoint http://127.0.0.1:8000
 
 The server and this process begin with the same folder. The reward is how many of the tokens that
@@ -10,6 +10,7 @@ were sampled are among the first half of the vocabulary: of no use, but it rises
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import httpx
 import torch
@@ -22,11 +23,11 @@ PROMPT = "The weights"
 NUM_SAMPLES, NUM_TOKENS = 32, 8
 
 
-def sample(endpoint: str, model_name: str) -> list[list[int]]:
+def sample(endpoint: str, model_name: str, prompt_ids: list[int]) -> list[list[int]]:
     """Token ids of completions, as the server samples them with the weights that it has."""
     body = {
         "model": model_name,
-        "prompt": PROMPT,
+        "prompt": prompt_ids,
         "n": NUM_SAMPLES,
         "max_tokens": NUM_TOKENS,
         "temperature": 1.0,
@@ -34,6 +35,15 @@ def sample(endpoint: str, model_name: str) -> list[list[int]]:
     }
     answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60).raise_for_status()
     return [choice["token_ids"] for choice in answer.json()["choices"]]
+
+
+def weight_version(endpoint: str) -> str:
+    """Label of the weights that the server has; SGLang shows it elsewhere than the others."""
+    answer = httpx.get(f"{endpoint}/weight_info", timeout=60)
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        answer = httpx.get(f"{endpoint}/model_info", timeout=60)
+    label: str = answer.raise_for_status().json()["weight_version"]
+    return label
 
 
 def policy_loss(
@@ -57,18 +67,25 @@ def main() -> None:
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--output", type=Path, help="folder for the trained model")
     options = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    prompt_ids = AutoTokenizer.from_pretrained(options.model).encode(PROMPT)
+    model = AutoModelForCausalLM.from_pretrained(options.model).float()  # for Adam's small steps
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    prompt_ids = tokenizer.encode(PROMPT)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     models = httpx.get(f"{options.endpoint}/v1/models", timeout=60).json()["data"]
     half = model.config.vocab_size // 2
 
     server = ParameterServer(rank=0, world_size=1)
     requests = engine_requests([options.endpoint], rank=0, world_size=1)
+    version = weight_version(options.endpoint)
     for step in range(1, options.steps + 1):
-        samples = sample(options.endpoint, models[0]["id"])
+        samples = sample(options.endpoint, models[0]["id"], prompt_ids)
+        # REINFORCE holds only for samples of the model's own weights. The label says whose they
+        # are: a loop that samples while it trains would weigh or drop those of older versions.
+        if (sampled_by := weight_version(options.endpoint)) != version:
+            raise SystemExit(f"{sampled_by!r} has sampled, not {version!r}: who else updates it?")
         rewards = torch.tensor([sum(token < half for token in ids) / len(ids) for ids in samples])
         optimizer.zero_grad()
         policy_loss(model, prompt_ids, samples, rewards).backward()
@@ -80,12 +97,16 @@ def main() -> None:
         )
         server.gather_metas(name)
         report = server.update(name, requests)  # returns once it is served, and raises if not
+        version = name
         pause = max(replica.pause_seconds for replica in report.replicas)
         print(
             f"{name}: reward {rewards.mean():.2f}, {report.bytes / 1e6:.1f} MB, digest "
             f"{report.digest[:12]}, requests waited {1000 * pause:.0f} ms"
         )
     server.close()
+    if options.output:
+        model.save_pretrained(options.output)
+        tokenizer.save_pretrained(options.output)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,15 @@ def test_commands_in_the_documents_exist() -> None:
         assert set(re.findall(r"--[a-z-]+", arguments)) <= known
 
 
+def test_examples_in_the_documents_exist() -> None:
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    lines = re.findall(r"^python (examples/\S+)(.*)$", text, re.MULTILINE)
+    assert {name for name, _ in lines} == {f"examples/{p.name}" for p in ROOT.glob("examples/*.py")}
+    for name, arguments in lines:
+        for option in re.findall(r"--[a-z-]+", arguments):
+            assert f'"{option}"' in (ROOT / name).read_text()
+
+
 def test_python_in_the_readme_is_python() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from e2e_server import Server
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from example_runs import greedy_tokens, rewards_in, rise, run_example
 
 
 def test_a_server_is_trained_by_what_it_says(
-    start: Callable[..., Server], folders: tuple[Path, Path], environment: dict[str, str]
+    start: Callable[..., Server],
+    folders: tuple[Path, Path],
+    environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     server = start(folders[0])
-    done = subprocess.run(
-        [
-            sys.executable, EXAMPLES / "rl_loop.py", "--model", folders[0],
-            "--endpoint", server.endpoint, "--steps", "12", "--learning-rate", "0.05",
-        ],
-        env=environment, capture_output=True, text=True, timeout=110, check=False,
+    printed = run_example(
+        "rl_loop.py", "--model", str(folders[0]), "--endpoint", server.endpoint, "--steps", "12",
+        "--learning-rate", "0.05", "--output", str(tmp_path / "trained"), environment=environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rewards = [float(found) for found in re.findall(r"reward ([\d.]+)", done.stdout)]
+    rewards = rewards_in(printed)
     assert len(rewards) == 12
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+    assert rise(rewards) > 0.1
     info = server.info()
     assert info["weight_version"] == "step-12"
-    assert f"digest {info['digest'][:12]}" in done.stdout.splitlines()[-1]
+    assert f"digest {info['digest'][:12]}" in printed.splitlines()[-1]
+    prompt = [3, 1, 4, 1, 5]
+    body = {"prompt": prompt, "max_tokens": 16, "temperature": 0.0, "return_token_ids": True}
+    served = server.complete(**body).json()["choices"][0]["token_ids"]
+    assert served == greedy_tokens(tmp_path / "trained", prompt, len(served))
