@@ -35,8 +35,8 @@ def run_example(
 
 
 def rewards_in(printed: str) -> list[float]:
-    """The mean reward of every step."""
-    return [float(found) for found in re.findall(r"reward ([\d.]+)", printed)]
+    """The mean reward of every step, as our loop and TRL print it."""
+    return [float(found) for found in re.findall(r"\breward'?:? '?([\d.]+)", printed)]
 
 
 def rise(rewards: list[float]) -> float:
