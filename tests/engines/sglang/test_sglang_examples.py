@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(python: Path, folder: Path, logs: Path) -> Iterator[SGLangServer]:
     """In float32, so that greedy tokens do not hang on rounding."""
-    options = ("--dtype", "float32", "--context-length", "256")
+    options = ("--sampling-defaults", "openai", "--dtype", "float32", "--context-length", "256")
     with SGLangServer(python, folder, logs / "examples", *options) as server:
         server.wait_for("/ready")
         yield server

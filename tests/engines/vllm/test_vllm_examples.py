@@ -33,8 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(start: Callable[..., VllmServer], folder: Path) -> Iterator[VllmServer]:
     """In float32, so that greedy tokens do not hang on rounding."""
-    options = ("--worker-extension-cls", EXTENSION, "--enable-scale-out", "--dtype", "float32")
-    with start(folder, *options) as server:
+    extended = ("--worker-extension-cls", EXTENSION, "--enable-scale-out")
+    sampling = ("--generation-config", "vllm")
+    with start(folder, *extended, *sampling, "--dtype", "float32") as server:
         yield server
 
 
