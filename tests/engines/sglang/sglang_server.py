@@ -48,9 +48,11 @@ class SGLangServer(EngineServer):
         command = [
             str(python), "-m", "sglang.launch_server", "--model-path", str(folder),
             "--device", "cpu", "--attention-backend", "torch_native", "--dtype", "bfloat16",
-            "--skip-tokenizer-init", "--max-total-tokens", "4096", "--max-running-requests", "8",
+            "--max-total-tokens", "4096", "--max-running-requests", "8",
             "--context-length", "512", *options,
         ]  # fmt: skip
+        if not (folder / "tokenizer.json").exists():
+            command.append("--skip-tokenizer-init")
         super().__init__(command, log, {**SERVER_VARIABLES, **variables})
 
     def generate(self, num_tokens: int = 16, prompt: Sequence[int] = PROMPT) -> list[int]:
