@@ -9,7 +9,7 @@ TRL's own way is `use_vllm=True`: vLLM in the trainer's environment, too, and an
 a server that has no way back. Two hooks of TRL replace that, and nothing of it is patched: a
 callback sends the weights, `rollout_func` (which TRL calls experimental) samples. What is lost is
 TRL's correction for probabilities that differ between vLLM and the trainer. All this is for one
-trainer process; models that FSDP or DeepSpeed have sharded must be gathered first. The reward, how
+trainer process; a model that is sharded must be gathered first: docs/training.md. The reward, how
 many sampled tokens are of the vocabulary's first half, is of no use, but rises in a few steps.
 """
 
