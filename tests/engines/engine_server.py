@@ -126,3 +126,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     save_file(dict(tensors), file)
     return file
+
+
+def damage(file: Path, name: str) -> None:
+    """Change a tensor's bytes so that size and time of the file stay: only reading it tells."""
+    found = os.stat(file)
+    bits = load_file(file)[name].contiguous().view(torch.uint8).numpy().tobytes()
+    data = file.read_bytes()
+    place = data.index(bits)
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(bytes(len(bits)))
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))

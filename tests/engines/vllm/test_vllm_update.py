@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_server import environment, save_tensors, tensors_of
+from engine_server import damage, environment, save_tensors, tensors_of
 from vllm_server import PROMPT, VllmServer, weights_of
-from vllm_tools import Fresh, damage, lacking, update
+from vllm_tools import Fresh, lacking, update
 
 from checkpoint_engine.calls import engine_requests, request_inference_to_update
 from checkpoint_engine.errors import AdapterError, UpdateFailed

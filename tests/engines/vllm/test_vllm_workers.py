@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from engine_server import save_tensors, tensors_of
+from engine_server import damage, save_tensors, tensors_of
 from vllm_server import EXTENSION, VllmServer, weights_of
-from vllm_tools import Fresh, damage, lacking, update
+from vllm_tools import Fresh, lacking, update
 
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed

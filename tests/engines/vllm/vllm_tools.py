@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from engine_server import tensors_of
-from safetensors.torch import load_file
 from vllm_server import VllmServer
 
 from checkpoint_engine.calls import engine_requests
@@ -47,15 +45,3 @@ def lacking(folder: Path) -> dict[str, torch.Tensor]:
     tensors = tensors_of(folder)
     del tensors["model.layers.1.self_attn.v_proj.weight"]
     return tensors
-
-
-def damage(file: Path, name: str) -> None:
-    """Change a tensor's bytes so that size and time of the file stay: only reading it tells."""
-    found = os.stat(file)
-    bits = load_file(file)[name].contiguous().view(torch.uint8).numpy().tobytes()
-    data = file.read_bytes()
-    place = data.index(bits)
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        opened.write(bytes(len(bits)))
-    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
