@@ -16,7 +16,7 @@ from sglang_server import PROMPT, SGLangServer
 from vllm_server import EXTENSION, VllmServer
 
 HERE = Path(__file__).parent
-UPDATE_SECONDS = 120.0
+UPDATE_SECONDS = 300.0
 KINDS = ("vllm", "sglang", "replica")
 
 Tokens = tuple[int, ...]
