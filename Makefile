@@ -2,7 +2,7 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench
+.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines
 .NOTPARALLEL:
 
 help:
@@ -17,7 +17,8 @@ help:
 	@echo "make soak    2,000 updates under load: nothing grows"
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
+	@echo "make bench-engines  measure how long requests to real engines wait for an update"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench:
+setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines:
 	@scripts/$@ $(ARGS)
