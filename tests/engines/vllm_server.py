@@ -45,10 +45,14 @@ SHAPE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
-def make_checkpoint(folder: Path, *, seed: int, experts: bool = False) -> Path:
-    """A bf16 Qwen3 of a megabyte: the same configuration for every seed, other weights."""
+def make_checkpoint(folder: Path, *, seed: int, experts: bool = False, tied: bool = False) -> Path:
+    """A bf16 Qwen3 of a megabyte: the same configuration for every seed, other weights.
+
+    `tied` makes its head that of its embeddings.
+    """
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(**SHAPE, **EXPERTS) if experts else Qwen3Config(**SHAPE)
+    shape = {**SHAPE, "tie_word_embeddings": tied}
+    config = Qwen3MoeConfig(**shape, **EXPERTS) if experts else Qwen3Config(**shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     save_tokenizer(folder)

@@ -13,7 +13,8 @@ What it does not see to, is seen to here:
 - A layer keeps references to tensors until it is complete. Views of staged memory stay valid.
 - A tensor that never comes leaves a layer as it was, or its memory as it is: a mixture. So names
   and shapes are compared before the pause with those of the version before, and layers are asked.
-- On a CPU, experts are prepacked by a kernel that is made once, and would go on with the old ones.
+- On a CPU, experts are prepacked by a kernel that is made once, and would go on with the old ones;
+  so would a head that is tied to the embeddings, since nothing is loaded into it.
 - Of a checkpoint that drafts for itself (MTP), the draft model is loaded from the same version.
 
 The way back is the version before, in staged memory or open files; before the first update it is
@@ -180,12 +181,16 @@ def _reload_model(
         _put_back(layer)
         if current_platform.is_cpu():
             _forget_experts(layer)
+    tied = _tied_layers(model)
     initialize_layerwise_reload(model)
     with disable_mtp_completeness_check():
         model.load_weights(content.tensors())
     if not is_draft and model_config.quantization is None:
-        _check_complete(model)
+        _check_complete(model, tied)
     finalize_layerwise_reload(model, model_config)
+    if current_platform.is_cpu():
+        for layer in tied:
+            _pack_again(layer)
 
 
 def _put_back(layer: torch.nn.Module) -> None:
@@ -203,11 +208,30 @@ def _forget_experts(layer: torch.nn.Module) -> None:
         method.moe_kernel = None
 
 
-def _check_complete(model: torch.nn.Module) -> None:
+def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Those whose parameters are all of layers before them, and are loaded there."""
+    tied: list[torch.nn.Module] = []
+    seen: set[torch.nn.Parameter] = set()
+    for layer in model.modules():
+        own = set(layer.parameters(recurse=False))
+        if own and own <= seen:
+            tied.append(layer)
+        seen |= own
+    return tied
+
+
+def _pack_again(layer: torch.nn.Module) -> None:
+    """What was packed from the parameters that it shares is of the version before."""
+    method: Any = getattr(layer, "quant_method", None)
+    if method is not None:
+        method.process_weights_after_loading(layer)
+
+
+def _check_complete(model: torch.nn.Module, tied: list[torch.nn.Module]) -> None:
     """Raise unless every parameter was given every element, but for padding of vocabularies."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if not info.can_load() or is_deferred_attention_layer(layer):
+        if not info.can_load() or is_deferred_attention_layer(layer) or layer in tied:
             continue
         num_elements = sum(p.numel() for p in layer.parameters(recurse=False))
         is_padded = isinstance(layer, VocabParallelEmbedding) and info.load_numel > 0
