@@ -88,7 +88,12 @@ def _reload_vllm(server: EngineServer, folder: Path) -> None:
 
 
 def _reload_sglang(server: EngineServer, folder: Path) -> None:
-    body = {"model_path": str(folder), "flush_cache": True, "weight_version": folder.name}
+    body = {
+        "model_path": str(folder),
+        "load_format": "auto",
+        "flush_cache": True,
+        "weight_version": folder.name,
+    }
     _post(server, "/update_weights_from_disk", body)
 
 
@@ -133,7 +138,7 @@ class Client:
     def __init__(self, server: EngineServer, ask: tuple[str, Mapping[str, object]]) -> None:
         self._url, self._body = server.url + ask[0], ask[1]
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: Exception | None = None
         self.times: list[float] = []
 
@@ -146,11 +151,12 @@ class Client:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
-        self._thread.join(TIMEOUT_SECONDS)
-        if self._error is not None:
-            raise self._error
+        if kind is None:  # a server whose update failed may never answer again
+            self._thread.join(TIMEOUT_SECONDS)
+            if self._error is not None:
+                raise self._error
 
     def _run(self) -> None:
         try:
