@@ -2,9 +2,10 @@
 
     look ─► drain ─► pause (retract) ─► update, label, caches ─► look ─► continue
 
-What it shows before and after, its label and the checksum of its weights, says how an update ended,
-whatever was answered. After one that failed both must be as before. If they are neither that nor
-the new version, it stays paused, and the error says so, until an update is published.
+What it shows before and after says how an update ended, whatever was answered. After one that
+failed, its label and the checksum of its weights must be as before. If they are neither that nor
+the new version, it stays paused, and the error says so, until an update is published. After one
+that succeeded the label is enough: requests would wait for the checksum of all weights.
 
 Requests in flight are retracted: they keep what they have generated, and their caches are computed
 again under the new weights. An `in_place` pause would keep the old caches, and SGLang then refuses
@@ -62,8 +63,7 @@ class _Shown:
             "/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds
         )
         checksum: str = _read(endpoint, answer, _Checksum).per_engine_checksum
-        info = endpoint.get("/model_info", timeout_seconds=STEP_SECONDS)
-        return cls(_read(endpoint, info, _Info).weight_version, checksum)
+        return cls(_label(endpoint), checksum)
 
 
 class SGLang:
@@ -84,25 +84,30 @@ class SGLang:
         _drain(endpoint, _drain_seconds())
         endpoint.post("/pause_generation", {"mode": "retract"}, timeout_seconds=STEP_SECONDS)
         body = {"zmq_handles": dict(handles), "flush_cache": True, "weight_version": label}
-        failure: AdapterError | None = None
         try:
             endpoint.post("/update_weights_from_ipc", body, timeout_seconds=longest)
         except AdapterError as error:
-            failure = error
-        after = _Shown.by(endpoint, longest)
-        if failure is not None and after != before and after.label != label:
+            after = _Shown.by(endpoint, longest)
+            if after != before and after.label != label:
+                raise AdapterError(
+                    f"{error}; its weights are not those of {before.label!r}, which it shows: it "
+                    "stays paused, update it again"
+                ) from error
+            endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+            raise
+        shown = _label(endpoint)
+        if shown != label:
             raise AdapterError(
-                f"{failure}; its weights are not those of {before.label!r}, which it shows: it "
-                "stays paused, update it again"
-            ) from failure
-        if failure is None and after.label != label:
-            raise AdapterError(
-                f"{endpoint.url} shows {after.label!r} after an update to {label!r} that it says "
+                f"{endpoint.url} shows {shown!r} after an update to {label!r} that it says "
                 "has succeeded: it stays paused, update it again"
             )
         endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
-        if failure is not None:
-            raise failure
+
+
+def _label(endpoint: Endpoint) -> str:
+    info = endpoint.get("/model_info", timeout_seconds=STEP_SECONDS)
+    label: str = _read(endpoint, info, _Info).weight_version
+    return label
 
 
 def _drain(endpoint: Endpoint, seconds: float) -> None:
