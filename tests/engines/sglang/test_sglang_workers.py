@@ -1,0 +1,63 @@
+"""Two tensor parallel workers of one SGLang server: they change together, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_server import tensors_of
+from sglang_server import SGLangServer
+from sglang_tools import bring, look, requests_to
+
+from checkpoint_engine.errors import UpdateFailed
+from checkpoint_engine.ps import ParameterServer
+
+pytestmark = pytest.mark.timeout(600)
+
+OPTIONS = ("--tp", "2")
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # else it wants a NUMA node for each
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def fresh(python: Path, checkpoints: list[Path], logs: Path) -> list[int]:
+    """Tokens of version 1 by a server that was started on it; how a sum is split shows in them."""
+    with SGLangServer(python, checkpoints[1], logs / "fresh-tp2", *OPTIONS, **CORES) as server:
+        server.wait_for("/ready", 200)
+        return server.generate()
+
+
+@pytest.fixture(scope="module")
+def server(
+    python: Path, checkpoints: list[Path], logs: Path, fresh: list[int]
+) -> Iterator[SGLangServer]:
+    """Started on version 0, after the other has ended."""
+    with SGLangServer(python, checkpoints[0], logs / "tp2", *OPTIONS, **CORES) as server:
+        server.wait_for("/ready", 200)
+        yield server
+
+
+def test_both_workers_serve_the_new_version(
+    ps: ParameterServer, server: SGLangServer, checkpoints: list[Path], fresh: list[int]
+) -> None:
+    bring(ps, [server], "step-0", checkpoints[0])
+    before = look(server)
+    report = bring(ps, [server], "step-1", checkpoints[1])
+    assert [replica.outcome for replica in report.replicas] == ["published"] * 2
+    assert (server.generate(), server.label) == (fresh, "step-1")
+    ps.rollback(requests_to([server]))
+    assert look(server) == before
+
+
+def test_both_go_back_when_loading_fails_half_way(
+    ps: ParameterServer, server: SGLangServer, checkpoints: list[Path]
+) -> None:
+    bring(ps, [server], "step-0", checkpoints[0])
+    before = look(server)
+    tensors = tensors_of(checkpoints[1])
+    with pytest.raises(UpdateFailed) as failure:
+        bring(ps, [server], "bad", {**tensors, LAST: tensors[LAST][:-1].clone()})
+    assert [replica.outcome for replica in failure.value.report.replicas] == ["kept"] * 2
+    assert look(server) == before
+    assert server.status("/ready") == 200, "it goes on"
