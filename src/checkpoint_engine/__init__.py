@@ -28,27 +28,43 @@ if _TYPE_CHECKING:
     )
     from checkpoint_engine.manifest import Manifest, TensorMeta, Version
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.streaming import (
+        CheckpointEngine,
+        GlooCheckpointEngine,
+        HCCLCheckpointEngine,
+        NCCLCheckpointEngine,
+        RayCheckpointEngine,
+        SharedMemoryCheckpointEngine,
+        StreamReport,
+    )
     from checkpoint_engine.update.probe import Probe, http_check
     from checkpoint_engine.update.protocol import ReplicaReport, Report
     from checkpoint_engine.worker import update_weights_from_ipc
 
 __all__ = [
     "AdapterError",
+    "CheckpointEngine",
     "CheckpointEngineError",
     "DeadlineExceeded",
     "ForeignPeer",
+    "GlooCheckpointEngine",
+    "HCCLCheckpointEngine",
     "HandoverError",
     "Manifest",
     "ManifestError",
+    "NCCLCheckpointEngine",
     "ParameterServer",
     "PeerLost",
     "Probe",
     "ProtocolError",
+    "RayCheckpointEngine",
     "RemoteError",
     "ReplicaReport",
     "Report",
+    "SharedMemoryCheckpointEngine",
     "SourceError",
     "StoreError",
+    "StreamReport",
     "TensorMeta",
     "TransferError",
     "UpdateFailed",
@@ -63,6 +79,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckpointEngine": "streaming",
+    "GlooCheckpointEngine": "streaming",
+    "HCCLCheckpointEngine": "streaming",
+    "NCCLCheckpointEngine": "streaming",
+    "RayCheckpointEngine": "streaming",
+    "SharedMemoryCheckpointEngine": "streaming",
+    "StreamReport": "streaming",
     "Manifest": "manifest",
     "ParameterServer": "ps",
     "Probe": "update.probe",

@@ -1,9 +1,9 @@
-"""Buckets broadcast from one host to all others through a process group.
+"""Buckets broadcast from one member to all others through a process group.
 
-The group is our own, beside any that the trainer has, and is made of one rank per host. Bytes are
-sent from, and received into, the memory where they lie. After any error a gloo group is dead, and
-half of its ranks do not know it yet: `abandon` closes it, which wakes the others at once, and the
-next broadcast meets under a new name. It listens at this host's one address.
+The group is our own, beside any that the trainer has: of one rank per host, or of a trainer and its
+samplers. Bytes are sent from, and received into, the memory where they lie. After any error a group
+is dead, and half of its ranks do not know it yet: `abandon` closes it, which wakes the others at
+once, and the next broadcast meets under a new name. Gloo listens at this host's one address.
 
     collective = Collective(rendezvous, index=0, size=2)
     collective.connect("update-17", timeout_seconds=60)
@@ -12,7 +12,10 @@ next broadcast meets under a new name. It listens at this host's one address.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo
@@ -21,15 +24,25 @@ from checkpoint_engine.errors import CheckpointEngineError, TransferError
 from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
-__all__ = ["Collective"]
+__all__ = ["BACKENDS", "Collective"]
 
 
 class Collective:
-    """A gloo group of `size` members, of which this one is `index`."""
+    """A group of `size` members, of which this one is `index`.
 
-    def __init__(self, rendezvous: Rendezvous, *, index: int, size: int) -> None:
+    Args:
+        rendezvous: of all members.
+        index: of this one.
+        size: how many there are.
+        backend: one of `BACKENDS`; what is broadcast lies where that one reads it.
+    """
+
+    def __init__(
+        self, rendezvous: Rendezvous, *, index: int, size: int, backend: str = "gloo"
+    ) -> None:
         self._rendezvous, self.index, self.size = rendezvous, index, size
-        self._group: ProcessGroupGloo | None = None
+        self._make = BACKENDS[backend]
+        self._group: Any = None
         self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
@@ -42,32 +55,37 @@ class Collective:
         """
         if self._group is not None:
             return
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
         self._store = self._rendezvous.group_store(f"gloo/{name}")
-        self._store.set_timeout(options._timeout)
+        self._store.set_timeout(timeout)
         try:
-            options._devices = [ProcessGroupGloo.create_device(hostname=self._rendezvous.address)]
-            self._group = ProcessGroupGloo(self._store, self.index, self.size, options)
+            self._group = self._make(
+                self._store, self.index, self.size, timeout, self._rendezvous.address
+            )
         except (RuntimeError, CheckpointEngineError) as error:
             self.abandon()
             raise TransferError(
                 f"host {self.index} of {self.size} could not join the group: {_first_line(error)}"
             ) from error
 
-    def broadcast(self, memory: memoryview, root: int, timeout_seconds: float) -> None:
+    def broadcast(
+        self, memory: memoryview | torch.Tensor, root: int, timeout_seconds: float
+    ) -> None:
         """Send `memory` from member `root` to all others, whose `memory` it fills.
 
         Raises:
             TransferError: a member died, or the deadline passed; the group must be abandoned.
         """
-        assert self._group is not None, "connect comes before broadcast"
+        group = self._group
+        if group is None:
+            raise TransferError("the group was abandoned meanwhile")
         options = BroadcastOptions()
         options.rootRank = root
         options.timeout = timedelta(seconds=timeout_seconds)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        if isinstance(memory, memoryview):
+            memory = torch.frombuffer(memory, dtype=torch.uint8)
         try:
-            work = self._group.broadcast([tensor], options)  # type: ignore[attr-defined]
+            work = group.broadcast([memory], options)
             work.wait(options.timeout)
         except RuntimeError as error:
             raise TransferError(f"broadcast from host {root}: {_first_line(error)}") from error
@@ -78,6 +96,34 @@ class Collective:
         if self._store is not None:
             self._store.close()
             self._store = None
+
+
+def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    return ProcessGroupGloo(store, index, size, options)
+
+
+def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
+    kind = import_module("torch.distributed").ProcessGroupNCCL
+    options = kind.Options()
+    options._timeout = timeout
+    return kind(store, index, size, options)
+
+
+def _hccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
+    kind = import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
+    options = kind.Options()
+    options._timeout = timeout
+    return kind(store, index, size, options)
+
+
+BACKENDS: dict[str, Callable[[GroupStore, int, int, timedelta, str], Any]] = {
+    "gloo": _gloo,
+    "nccl": _nccl,
+    "hccl": _hccl,
+}
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,12 +43,17 @@ RETRY_SECONDS = 0.05
 class Keeper:
     """Rank 0's: the key store, and the secret that ranks of this host find.
 
+    Args:
+        address: of this host, where it listens.
+        port: there; 0 for any.
+        secret: of the ranks; default the configured one, else one that is made up.
+
     Raises:
         UsageError: it cannot listen there.
     """
 
-    def __init__(self, address: str, port: int) -> None:
-        configured = configured_secret()
+    def __init__(self, address: str, port: int, secret: bytes | None = None) -> None:
+        configured = secret or configured_secret()
         secret = configured or secrets.token_hex(32).encode()
         self._server = KeyServer(address, port, credentials(secret))
         self.address = self._server.address
@@ -70,10 +75,13 @@ class Meeting:
         host: where rank 0 is.
         port: of the key store there; with `by_launcher`, of the launcher's store.
         by_launcher: rank 0 tells where it listens through the launcher's store.
+        secret: of the ranks, where they were told it; default what is configured, or found.
     """
 
-    def __init__(self, host: str, port: int, *, by_launcher: bool) -> None:
-        self._host, self._port = host, port
+    def __init__(
+        self, host: str, port: int, *, by_launcher: bool, secret: bytes | None = None
+    ) -> None:
+        self._host, self._port, self._secret = host, port, secret
         self._is_one_host = is_loopback(address_towards(host))
         self.address = LOOPBACK if self._is_one_host else own_address(host)
         self._launcher = _Launcher(host, port) if by_launcher else None
@@ -102,19 +110,19 @@ class Meeting:
     def keep(self) -> Keeper:
         """Listen, and tell the others where; for rank 0, which closes what it gets."""
         if self._launcher is None:
-            return Keeper(self.address, self._port)
-        keeper = Keeper(self.address, 0)
+            return Keeper(self.address, self._port, self._secret)
+        keeper = Keeper(self.address, 0, self._secret)
         self._launcher.tell(keeper.address)
         return keeper
 
-    def reach(self) -> KeyClient:
+    def reach(self, timeout_seconds: float = CONNECT_SECONDS) -> KeyClient:
         """A connection to the keys, once rank 0 keeps them.
 
         Raises:
             UsageError: this host was not given the secret, or was given another than rank 0.
             DeadlineExceeded: rank 0 cannot be reached.
         """
-        deadline = time.monotonic() + CONNECT_SECONDS
+        deadline = time.monotonic() + timeout_seconds
         silent_at = time.monotonic()  # the last time that nobody was there to hang up
         while True:
             try:
@@ -139,7 +147,7 @@ class Meeting:
         """Look for everything anew: what is there may be of a rank 0 that has died."""
         address = self._address_of_keeper()
         host, _, port = address.rpartition(":")
-        secret = configured_secret() or found_secret(int(port))
+        secret = self._secret or configured_secret() or found_secret(int(port))
         if secret is None and not is_of_this_host(host):
             raise UsageError(
                 f"rank 0 is on another host, {host}: several hosts need CKPT_ENGINE_SECRET, the "

@@ -19,7 +19,7 @@ from checkpoint_engine.errors import DeadlineExceeded, PeerLost, UsageError
 from checkpoint_engine.transport.address import LOOPBACK
 from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.keystore import KeyStore, LocalKeyStore
-from checkpoint_engine.transport.meeting import Keeper, Meeting, number_of
+from checkpoint_engine.transport.meeting import CONNECT_SECONDS, Keeper, Meeting, number_of
 
 __all__ = ["Log", "Rendezvous"]
 
@@ -82,7 +82,26 @@ class Rendezvous:
             return cls(LocalKeyStore(), 0, 1)
         meeting = Meeting.of_environment(master_addr, master_port)
         keeper = meeting.keep() if rank == 0 else None
-        rendezvous = cls(meeting.reach(), rank, world_size, address=meeting.address)
+        return cls.at(meeting, rank, world_size, keeper)
+
+    @classmethod
+    def at(
+        cls,
+        meeting: Meeting,
+        rank: int,
+        world_size: int,
+        keeper: Keeper | None = None,
+        *,
+        timeout_seconds: float = CONNECT_SECONDS,
+    ) -> Rendezvous:
+        """Meet the other ranks there; rank 0 gives its `keeper`, which is taken over.
+
+        Raises:
+            UsageError: this rank does not know the secret.
+            DeadlineExceeded: rank 0 cannot be reached.
+        """
+        store = meeting.reach(timeout_seconds)
+        rendezvous = cls(store, rank, world_size, address=meeting.address)
         rendezvous._keeper = keeper
         return rendezvous
 

@@ -1,0 +1,149 @@
+"""How the bytes of a bucket get from the sender's memory into the receivers'.
+
+Whatever else a cycle needs (who takes part, what a bucket holds, credit, digests, the end) is the
+same for all carriers, and done by `sending` and `receiving`.
+
+    way = carrier.plan("stream-3", kept=[...], rebuild=False)       # the sender, told to all
+    carrier.join(way, timeout_seconds)
+    carrier.send(bucket, data, wait_ready, timeout_seconds)         # the sender
+    carrier.receive(bucket, data, timeout_seconds)                  # receivers
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from checkpoint_engine.streaming.messages import Hello
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.rendezvous import Rendezvous
+
+__all__ = ["NUM_SLOTS", "Carrier", "CollectiveCarrier", "Slots"]
+
+NUM_SLOTS = 3  # one is filled, one moves, one is used
+
+
+class Slots:
+    """Memory for as many buckets as are under way, kept as long as it is large enough."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: list[torch.Tensor] = []
+
+    def of(self, bucket_bytes: int) -> list[torch.Tensor]:
+        """`NUM_SLOTS` times so many bytes."""
+        if not self._slots or len(self._slots[0]) < bucket_bytes:
+            self._slots = []
+            self._slots = [self.memory(bucket_bytes) for _ in range(NUM_SLOTS)]
+        return [slot[:bucket_bytes] for slot in self._slots]
+
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """So many bytes of their own, on the same device."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+
+class Carrier(ABC):
+    """One end of the way that bytes take.
+
+    Attributes:
+        early: whether a receiver says that it is ready before a bucket moves, not after it has it.
+        kept: what of the last cycle's way still stands here; "" for nothing.
+    """
+
+    early: ClassVar[bool]
+    kept: str = ""
+
+    def check(self, hellos: Mapping[int, Hello]) -> None:  # noqa: B027 - most have no conditions
+        """Raise UsageError if bytes cannot get to one of these receivers; names its rank."""
+
+    @abstractmethod
+    def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
+        """Say which way bytes take in this cycle: that of the last, or a new one under `name`."""
+
+    @abstractmethod
+    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
+        """The sender's memory, in which bucket i is packed into slot i mod `NUM_SLOTS`."""
+
+    @abstractmethod
+    def join(self, way: str, timeout_seconds: float) -> None:
+        """Go this way; raises TransferError if the others do not."""
+
+    @abstractmethod
+    def send(
+        self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
+    ) -> None:
+        """Returns when the receivers have the bytes, and their memory may be filled anew."""
+
+    @abstractmethod
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+        """Fill `data` with the next bucket's bytes, which is the one of this index."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Leave the way: something failed; who waits on it fails too."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.abandon()
+
+
+class CollectiveCarrier(Carrier):
+    """Broadcasts from rank 0 by torch.distributed, in a group of our own.
+
+    Args:
+        rendezvous: of all ranks.
+        backend: one of `transport.collective.BACKENDS`.
+        device: where the backend takes bytes from.
+    """
+
+    early = True
+
+    def __init__(self, rendezvous: Rendezvous, backend: str, device: torch.device) -> None:
+        self._collective = Collective(
+            rendezvous, index=rendezvous.rank, size=rendezvous.world_size, backend=backend
+        )
+        self._slots = Slots(device)
+        self._is_alone = rendezvous.world_size == 1
+
+    def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
+        """See `Carrier`, as for all of these."""
+        stands = bool(self.kept) and all(one == self.kept for one in kept)
+        return self.kept if stands and not rebuild else name
+
+    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
+        """Own memory."""
+        return self._slots.of(bucket_bytes)
+
+    def join(self, way: str, timeout_seconds: float) -> None:
+        """Meet in the group of this name."""
+        if way != self.kept:
+            self.abandon()
+        if not self._is_alone:
+            self._collective.connect(way, timeout_seconds)
+        self.kept = way
+
+    def send(
+        self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
+    ) -> None:
+        """Broadcast, once everybody has memory."""
+        wait_ready()
+        self._broadcast(data, timeout_seconds)
+
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+        """Take part in a broadcast."""
+        self._broadcast(data, timeout_seconds)
+
+    def abandon(self) -> None:
+        """Close the group."""
+        self.kept = ""
+        self._collective.abandon()
+
+    def _broadcast(self, data: torch.Tensor, timeout_seconds: float) -> None:
+        if self._is_alone or not len(data):
+            return
+        self._collective.broadcast(data, 0, timeout_seconds)
+        if not data.is_cpu:  # the call returns when the work is queued
+            torch.accelerator.synchronize(data.device)

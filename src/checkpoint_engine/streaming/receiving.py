@@ -1,0 +1,281 @@
+"""A receiver's side of one cycle: find memory ∥ move and check ∥ use.
+
+One thread hears what the sender says, finds memory for each bucket that it announces, and so gives
+it credit; one takes the bytes, and checks them; the consumer uses them where they lie, and gives
+the memory back when it asks for more. So a consumer that is slow stops the sender, and a sender
+that dies or gives up is noticed whatever the consumer does.
+
+The cycle ends when the sender says that every receiver has taken all.
+
+    receiving = Receiving(link, presence, places)
+    await in_thread(receiving.join)
+    while isinstance(arrived := await in_thread(receiving.next), Arrived):
+        ...
+        arrived.release()
+    await in_thread(receiving.finish)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineExceeded,
+    PeerLost,
+    ProtocolError,
+    RemoteError,
+    TransferError,
+    VerificationError,
+)
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.streaming.compression import unpack
+from checkpoint_engine.streaming.link import Link
+from checkpoint_engine.streaming.messages import (
+    FROM_SENDER,
+    Bucket,
+    Done,
+    Ear,
+    End,
+    Failed,
+    FromSender,
+    Hello,
+    Over,
+    Plan,
+    Ready,
+    Voice,
+    raised,
+)
+from checkpoint_engine.streaming.packing import Ledger, check_arrived, view, whole_tensors
+from checkpoint_engine.streaming.places import Place, Places
+from checkpoint_engine.streaming.watch import Presence
+from checkpoint_engine.transport.sockets import own_host
+
+__all__ = ["Arrived", "Receiving"]
+
+POLL_SECONDS = 0.05
+CAUSE_SECONDS = 3.0  # for the sender to say why the way broke
+
+
+class Arrived(NamedTuple):
+    """Tensors that are here and checked; their memory is theirs until it is released."""
+
+    tensors: list[tuple[str, torch.Tensor]]
+    release: Callable[[], None]
+
+
+class Receiving:
+    """One version on its way here."""
+
+    def __init__(self, link: Link, presence: Presence, places: Places) -> None:
+        self._link, self._presence, self._places = link, presence, places
+        self._timeout_seconds = link.settings.timeout_seconds
+        self._ledger = Ledger()
+        self._stopped = threading.Event()
+        self._ear: Ear[FromSender]
+        self._voice: Voice | None = None
+        self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Arrived | Version | Over | BaseException]
+        self._arrived = queue.SimpleQueue()
+
+    def join(self) -> None:
+        """Take part in the sender's next cycle.
+
+        Raises:
+            DeadlineExceeded: it begins none.
+            PeerLost: it is gone.
+            CheckpointEngineError: it gave up.
+        """
+        cycle = self._link.join()
+        self._voice = Voice(cycle.speaking.log("heard"))
+        self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
+        cycle.speaking.put(f"hello/{self._link.rank}", msgspec.msgpack.encode(self._hello()))
+        plan = self._hear()
+        if not isinstance(plan, Plan):
+            raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
+        self._places.begin(plan.bucket_bytes)
+        try:
+            self._link.carrier.join(plan.way, self._timeout_seconds)
+        except TransferError as error:
+            self._say_failed(error)
+            raise self._cause(error) from error
+        self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._take, name="ckpt-arrive", daemon=True).start()
+
+    def next(self) -> Arrived | Version:
+        """What arrives next; in the end, what all of it was.
+
+        Raises:
+            CheckpointEngineError: as the sender says, or as found here.
+        """
+        arrived = self._next()
+        assert not isinstance(arrived, Over), "the sender waits for all to be done"
+        return arrived
+
+    def finish(self, version: Version) -> None:
+        """Tell the sender that all of it was taken, and wait until everybody has.
+
+        Raises:
+            CheckpointEngineError: another receiver failed.
+        """
+        assert self._voice is not None, "a cycle begins with joining it"
+        self._voice.say(Done(rank=self._link.rank, digest=version.digest))
+        self._next()
+        self._stopped.set()
+
+    def give_up(self, error: BaseException) -> None:
+        """End it here, and tell the sender why, which may know already."""
+        self._stopped.set()
+        self._say_failed(error)
+        self._link.carrier.abandon()
+
+    def _next(self) -> Arrived | Version | Over:
+        deadline = time.monotonic() + self._timeout_seconds + 2 * CAUSE_SECONDS
+        while True:
+            with contextlib.suppress(queue.Empty):
+                arrived = self._arrived.get(timeout=POLL_SECONDS)
+                break
+            if self._is_over() or time.monotonic() > deadline:
+                raise DeadlineExceeded(f"nothing arrived in {self._timeout_seconds:.0f} s")
+        if isinstance(arrived, BaseException):
+            raise arrived
+        return arrived
+
+    def _is_over(self) -> bool:
+        return self._stopped.is_set() or self._link.stopped.is_set()
+
+    # ── the thread that hears the sender ────────────────────────────────────────────────────
+
+    def _listen(self) -> None:
+        expected = 0
+        try:
+            while (heard := self._hear()) is not None:
+                if isinstance(heard, Bucket) and heard.index == expected:
+                    expected += 1
+                    self._give_credit(heard)
+                elif isinstance(heard, End):
+                    self._coming.put(heard)
+                elif isinstance(heard, Over):
+                    self._arrived.put(heard)
+                    return
+                else:
+                    raise ProtocolError(f"bucket {expected} comes next, not {heard!r:.80}")
+        except BaseException as error:
+            self._stopped.set()
+            self._arrived.put(error)
+
+    def _hear(self) -> Plan | Bucket | End | Over | None:
+        """What the sender says next; None if it no longer matters."""
+        deadline = time.monotonic() + self._timeout_seconds + CAUSE_SECONDS
+        while not self._is_over():
+            try:
+                heard = self._ear.next(POLL_SECONDS)
+            except PeerLost as error:
+                raise PeerLost(f"the sender is gone: {error}") from error
+            if isinstance(heard, Failed):
+                raise raised(heard)
+            if heard is not None:
+                return heard
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"the sender said nothing for {self._timeout_seconds:.0f} s: it hangs, or "
+                    "waits for another receiver or for its own tensors; raise timeout= if it may"
+                )
+        return None
+
+    def _give_credit(self, bucket: Bucket) -> None:
+        place = self._places.find(bucket, self._is_over)
+        if place is None:
+            return
+        if self._link.carrier.early:
+            self._say_ready(bucket)
+        self._coming.put((bucket, place))
+
+    # ── the thread that takes bytes ─────────────────────────────────────────────────────────
+
+    def _take(self) -> None:
+        try:
+            while not self._is_over():
+                with contextlib.suppress(queue.Empty):
+                    coming = self._coming.get(timeout=POLL_SECONDS)
+                    if isinstance(coming, End):
+                        self._arrived.put(self._checked(coming))
+                        return
+                    self._take_bucket(*coming)
+        except BaseException as error:
+            if not self._stopped.is_set():
+                self._say_failed(error)
+                self._stopped.set()
+                self._listener.join()
+                self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
+
+    def _take_bucket(self, bucket: Bucket, place: Place) -> None:
+        carrier = self._link.carrier
+        if bucket.packed:
+            packed = place.data.new_empty(bucket.packed)
+            carrier.receive(bucket.index, packed, self._timeout_seconds)
+            unpack(packed, into=place.data)
+        else:
+            carrier.receive(bucket.index, place.data, self._timeout_seconds)
+        if not carrier.early:
+            self._say_ready(bucket)
+        check_arrived(bucket, place.data)
+        for part in bucket.parts:
+            self._ledger.add(part)
+        if place.whole is not None:
+            (part,) = bucket.parts
+            self._arrived.put(Arrived([(part.name, view(part, place.whole))], place.release))
+        elif not self._ledger.is_within:
+            tensors = list(whole_tensors(bucket, place.data))
+            self._arrived.put(Arrived(tensors, place.release))
+
+    def _checked(self, end: End) -> Version:
+        digest = self._ledger.digest()
+        if (digest, self._ledger.num_tensors) != (end.digest, end.num_tensors):
+            raise VerificationError(
+                f"{end.label!r}: what arrived is not, tensor for tensor, what was sent"
+            )
+        return Version(label=end.label, digest=digest)
+
+    # ── what this receiver says ─────────────────────────────────────────────────────────────
+
+    def _hello(self) -> Hello:
+        settings = self._link.settings
+        return Hello(
+            bucket_bytes=settings.bucket_bytes,
+            engine=settings.engine,
+            host=own_host(),
+            kept=self._link.carrier.kept,
+            address=self._presence.address,
+            key=self._presence.key,
+        )
+
+    def _say_ready(self, bucket: Bucket) -> None:
+        assert self._voice is not None, "a cycle begins with joining it"
+        self._voice.say(Ready(rank=self._link.rank, bucket=bucket.index))
+
+    def _say_failed(self, error: BaseException) -> None:
+        if self._voice is not None:
+            with contextlib.suppress(PeerLost, DeadlineExceeded):  # it may be the sender that died
+                self._voice.say(Failed(rank=self._link.rank, error=RemoteError.of(error)))
+
+    def _cause(self, error: TransferError) -> CheckpointEngineError:
+        """Why the way broke, as the sender knows it; it hears of every receiver."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                heard = self._ear.next(POLL_SECONDS)
+            except PeerLost as lost:
+                return PeerLost(f"the sender is gone: {lost}")
+            if isinstance(heard, Failed):
+                return raised(heard)
+        return error

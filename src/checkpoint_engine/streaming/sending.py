@@ -1,0 +1,264 @@
+"""The sender's side of one cycle: fill ∥ announce ∥ move, over a ring of buckets.
+
+Tensors are asked for, copied and digested on the event loop, one at a time, so a generator may use
+a tensor's memory again as soon as it is asked for the next. What waits for others has threads. A
+bucket is announced as soon as it is full, so receivers find memory for it while those before it are
+still on their way; it moves when all of them have.
+
+Whatever fails here ends the cycle for everybody, with the reason; the next begins anew.
+
+    report = await Sending(link, lines).run(model.named_parameters(), label="step-120")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+
+import msgspec
+import torch
+
+from checkpoint_engine.errors import (
+    DeadlineExceeded,
+    PeerLost,
+    RemoteError,
+    TransferError,
+    UsageError,
+)
+from checkpoint_engine.streaming.base import StreamReport, Weights
+from checkpoint_engine.streaming.carriers import NUM_SLOTS
+from checkpoint_engine.streaming.compression import Compressor
+from checkpoint_engine.streaming.link import Cycle, Link
+from checkpoint_engine.streaming.messages import (
+    FROM_RECEIVER,
+    Bucket,
+    Ear,
+    End,
+    Failed,
+    Hello,
+    Over,
+    Plan,
+    Voice,
+    decode_hello,
+)
+from checkpoint_engine.streaming.packing import Ledger, OpenBucket, cuts, named, weight_of
+from checkpoint_engine.streaming.threads import Worker, in_thread
+from checkpoint_engine.streaming.watch import Lines, Watch, named_ranks
+
+__all__ = ["Sending"]
+
+POLL_SECONDS = 0.2
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("meet", "generate", "fill", "move"), 0.0)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - start
+
+
+class Sending:
+    """One version on its way.
+
+    Args:
+        link: this process's.
+        lines: to the receivers, kept for the next cycle.
+    """
+
+    def __init__(self, link: Link, lines: Lines) -> None:
+        self._link, self._lines, self._carrier = link, lines, link.carrier
+        self._settings = link.settings
+        self._ranks = range(1, link.rendezvous.world_size)
+        self._cycle: Cycle | None = None
+        self._voice: Voice | None = None
+        self._watch: Watch | None = None
+        self._announcer, self._mover = Worker("ckpt-announce"), Worker("ckpt-move")
+        self._moves: deque[Future[None]] = deque()
+        self._compressor = Compressor() if self._settings.compression == "zstd" else None
+        self._clock = _Clock()
+        self._ledger = Ledger()
+        self._num_buckets = self._sent_bytes = 0
+
+    async def run(self, weights: Weights, label: str) -> StreamReport:
+        """Send it.
+
+        Raises:
+            SourceError: a tensor cannot be sent, or is given twice.
+            DeadlineExceeded: a receiver does not come, or hangs, or reads too slowly; says which.
+            PeerLost: one died; says which.
+            CheckpointEngineError: one gave up, for a reason of its own.
+        """
+        start = time.monotonic()
+        try:
+            with self._clock.time("meet"):
+                bucket_bytes = await in_thread(self._meet)
+            await self._pack(weights, self._carrier.slots(bucket_bytes))
+            while self._moves:
+                await asyncio.wrap_future(self._moves.popleft())
+            label = label or f"sync-{self._the_cycle.number}"
+            digest = self._ledger.digest()
+            await in_thread(lambda: self._finish(label, digest))
+        except BaseException as error:
+            cause = await in_thread(partial(self._give_up, error))
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            self._announcer.close()
+            self._mover.close()
+        return StreamReport(
+            label=label,
+            digest=digest,
+            num_tensors=self._ledger.num_tensors,
+            num_buckets=self._num_buckets,
+            num_bytes=self._ledger.num_bytes,
+            sent_bytes=self._sent_bytes,
+            seconds={**self._clock.seconds, "total": time.monotonic() - start},
+        )
+
+    @property
+    def _the_cycle(self) -> Cycle:
+        assert self._cycle is not None, "a cycle begins with the meeting"
+        return self._cycle
+
+    def _meet(self) -> int:
+        """Begin the cycle, once every receiver takes part; returns the size of its buckets."""
+        cycle = self._cycle = self._link.begin()
+        self._voice = Voice(cycle.speaking.log("sent"))
+        hellos = self._greeted(cycle)
+        kinds = {rank: hello.engine for rank, hello in hellos.items()}
+        if wrong := [rank for rank, kind in kinds.items() if kind != self._settings.engine]:
+            raise UsageError(
+                f"{named_ranks(wrong)} receives with another engine ({kinds[wrong[0]]}) than this "
+                f"one, {self._settings.engine}: use the same in every process"
+            )
+        self._carrier.check(hellos)
+        sizes = [hello.bucket_bytes for hello in hellos.values()]
+        bucket_bytes = min([self._settings.bucket_bytes, *sizes])
+        way = self._carrier.plan(
+            f"stream-{cycle.number}",
+            [hello.kept for hello in hellos.values()],
+            bucket_bytes,
+            rebuild=self._settings.rebuild_group,
+        )
+        for rank, hello in hellos.items():
+            self._lines.hold(rank, hello)
+        ear = Ear(cycle.hearing.log("heard"), FROM_RECEIVER)
+        self._watch = Watch(ear, self._lines, self._ranks)
+        self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way))
+        self._carrier.join(way, self._settings.timeout_seconds)
+        return bucket_bytes
+
+    def _greeted(self, cycle: Cycle) -> dict[int, Hello]:
+        deadline = time.monotonic() + self._settings.timeout_seconds
+        hellos: dict[int, Hello] = {}
+        while missing := [rank for rank in self._ranks if rank not in hellos]:
+            with contextlib.suppress(DeadlineExceeded):
+                entry = cycle.hearing.get(f"hello/{missing[0]}", POLL_SECONDS)
+                hellos[missing[0]] = decode_hello(entry)
+                continue
+            if time.monotonic() > deadline or self._link.stopped.is_set():
+                raise DeadlineExceeded(
+                    f"{named_ranks(missing[:1])} of {len(self._ranks)} receivers did not come in "
+                    f"{self._settings.timeout_seconds:.0f} s: is it up, and does it receive?"
+                )
+        return hellos
+
+    async def _pack(self, weights: Weights, slots: list[torch.Tensor]) -> None:
+        bucket_bytes = len(slots[0])
+        bucket = await self._free_bucket(slots)
+        pairs = named(weights)
+        while True:
+            with self._clock.time("generate"):
+                pair = await anext(pairs, None)
+            if pair is None:
+                break
+            weight = weight_of(*pair)
+            for start, length in cuts(weight, bucket_bytes):
+                is_part = length < len(weight.data)
+                if bucket.num_parts and (is_part or not bucket.fits(length)):
+                    self._send(bucket)
+                    bucket = await self._free_bucket(slots)
+                with self._clock.time("fill"):
+                    self._ledger.add(bucket.put(weight, start, length))
+                if is_part:
+                    self._send(bucket)
+                    bucket = await self._free_bucket(slots)
+        if bucket.num_parts:
+            self._send(bucket)
+
+    async def _free_bucket(self, slots: list[torch.Tensor]) -> OpenBucket:
+        """The next bucket, once what was in its slot is where it belongs."""
+        if len(self._moves) == NUM_SLOTS:
+            await asyncio.wrap_future(self._moves.popleft())
+        else:
+            await asyncio.sleep(0)
+        return OpenBucket(self._num_buckets, slots[self._num_buckets % NUM_SLOTS])
+
+    def _send(self, full: OpenBucket) -> None:
+        bucket = full.closed()
+        self._num_buckets += 1
+        data = full.memory[: bucket.length]
+        announced = self._announcer.submit(lambda: self._announce(bucket, data))
+        self._moves.append(self._mover.submit(lambda: self._move(bucket, announced.result())))
+
+    def _announce(self, bucket: Bucket, data: torch.Tensor) -> torch.Tensor:
+        assert self._voice is not None, "a cycle begins with the meeting"
+        packed = self._compressor.pack(data) if self._compressor else data
+        if packed is not data:
+            bucket = msgspec.structs.replace(bucket, packed=len(packed))
+        self._voice.say(bucket)
+        return packed
+
+    def _move(self, bucket: Bucket, data: torch.Tensor) -> None:
+        watch, timeout_seconds = self._watch, self._settings.timeout_seconds
+        assert watch is not None, "a cycle begins with the meeting"
+        start = time.monotonic()
+
+        def wait_ready() -> None:
+            nonlocal start
+            watch.wait_ready(bucket.index, timeout_seconds)
+            start = time.monotonic()
+
+        with self._clock.time("move"):
+            self._carrier.send(data, wait_ready, timeout_seconds)
+        self._sent_bytes += len(data)
+        if self._compressor:
+            self._compressor.moved(len(data), time.monotonic() - start)
+
+    def _finish(self, label: str, digest: str) -> None:
+        assert self._voice is not None, "a cycle begins with the meeting"
+        assert self._watch is not None, "a cycle begins with the meeting"
+        self._voice.say(End(label=label, digest=digest, num_tensors=self._ledger.num_tensors))
+        self._watch.wait_done(digest, self._settings.timeout_seconds)
+        self._watch.close()
+        self._voice.say(Over())
+        self._link.end(self._the_cycle)
+
+    def _give_up(self, error: BaseException) -> BaseException:
+        """Tell everybody that the cycle failed; returns what is behind the error."""
+        cause = error
+        if self._watch is not None:
+            if isinstance(error, TransferError):
+                cause = self._watch.cause(error)
+            self._watch.close()  # which ends what still waits to move
+        if self._cycle is not None and self._voice is not None:
+            with contextlib.suppress(PeerLost, DeadlineExceeded):  # nobody is left to be told
+                self._voice.say(Failed(rank=0, error=RemoteError.of(cause)))
+                self._link.end(self._cycle)
+        self._carrier.abandon()
+        return cause

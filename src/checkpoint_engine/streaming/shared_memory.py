@@ -1,0 +1,140 @@
+"""An engine for one host: the sender packs into memory that every receiver maps.
+
+A ring of buckets lies in one sealed memfd, handed over once (`transport.handover`). A receiver
+copies a bucket out of it, checks it and says so; when all have, the sender fills it anew. What a
+consumer gets is its own, so it may write there.
+
+    engine = SharedMemoryCheckpointEngine()     # used as any other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from checkpoint_engine.errors import (
+    MALFORMED,
+    HandoverError,
+    ProtocolError,
+    TransferError,
+    UsageError,
+)
+from checkpoint_engine.manifest import align
+from checkpoint_engine.store import Segment, Store
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier
+from checkpoint_engine.streaming.engine import StreamingEngine
+from checkpoint_engine.streaming.messages import Hello
+from checkpoint_engine.transport.handover import Attachment
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.transport.sockets import own_host
+from checkpoint_engine.update.sessions import Door
+
+__all__ = ["SharedMemoryCheckpointEngine"]
+
+
+class _Way(msgspec.Struct, frozen=True):
+    """Where the ring is: a segment of this name, of `NUM_SLOTS` slots, at this address."""
+
+    address: str
+    segment: str
+    slot_bytes: int
+
+
+class SharedMemoryCheckpointEngine(StreamingEngine):
+    """Between processes of one host and user.
+
+    The ring is allocated at once, three buckets large, however small the model.
+    """
+
+    name = "shm"
+
+    def make_carrier(self, rendezvous: Rendezvous) -> Carrier:
+        """A ring, once it is known how large."""
+        return _SharedMemory()
+
+
+class _SharedMemory(Carrier):
+    early = False
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._door: Door | None = None
+        self._segment: Segment | None = None
+        self._attachment: Attachment | None = None
+        self._way = _Way("", "", 0)
+
+    def check(self, hellos: Mapping[int, Hello]) -> None:
+        """All must be of this host."""
+        for rank, hello in hellos.items():
+            if hello.host != own_host():
+                raise UsageError(
+                    f"rank {rank} is on another host, or has another CKPT_ENGINE_SOCKET_DIR: "
+                    "between hosts use GlooCheckpointEngine"
+                )
+
+    def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
+        """The ring of before, if it is large enough."""
+        if self._segment is None or self._way.slot_bytes < bucket_bytes or rebuild:
+            self.close()
+            self._store = Store.of_environment()
+            self._door = Door(self._store.segment)
+            slot_bytes = align(bucket_bytes)
+            self._segment = self._store.allocate(NUM_SLOTS * slot_bytes, pooled=False)
+            self._way = _Way(self._door.address, self._segment.name, slot_bytes)
+        return msgspec.json.encode(self._way).decode()
+
+    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
+        """The ring itself."""
+        assert self._segment is not None, "the sender plans before it packs"
+        memory = torch.frombuffer(self._segment.memory, dtype=torch.uint8)
+        starts = range(0, NUM_SLOTS * self._way.slot_bytes, self._way.slot_bytes)
+        return [memory[start : start + bucket_bytes] for start in starts]
+
+    def join(self, way: str, timeout_seconds: float) -> None:
+        """Map the ring, unless this one is mapped already."""
+        if way == self.kept or self._segment is not None:
+            return
+        self.close()
+        try:
+            self._way = msgspec.json.decode(way, type=_Way)
+            self._attachment = Attachment.open(self._way.address, self._way.segment)
+        except MALFORMED as error:
+            raise ProtocolError(f"a malformed way: {error}") from error
+        except HandoverError as error:
+            raise TransferError(f"the sender's memory cannot be mapped: {error}") from error
+        if NUM_SLOTS * self._way.slot_bytes > len(self._attachment.memory):
+            raise ProtocolError("the sender's memory is smaller than it says")
+        self.kept = way
+
+    def send(
+        self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
+    ) -> None:
+        """It is where it belongs already."""
+        wait_ready()
+
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+        """Copy it out."""
+        if self._attachment is None:
+            raise TransferError("the sender's memory was let go of meanwhile")
+        start = index % NUM_SLOTS * self._way.slot_bytes
+        shared = self._attachment.memory[start : start + len(data)]
+        np.copyto(data.numpy(), np.frombuffer(shared, dtype=np.uint8))
+
+    def abandon(self) -> None:
+        """Nothing is broken: what is in the ring is checked by whoever reads it."""
+
+    def close(self) -> None:
+        """Unmap the ring; the sender's is freed when the last receiver has let go of it."""
+        self.kept = ""
+        if self._attachment is not None:
+            self._attachment.close()
+        if self._segment is not None:
+            self._segment.release()
+        if self._door is not None:
+            self._door.close()
+        if self._store is not None:
+            self._store.close()
+        self._attachment = self._segment = self._door = self._store = None

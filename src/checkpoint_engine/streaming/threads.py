@@ -1,0 +1,62 @@
+"""Calls that wait, kept off the event loop.
+
+The threads are daemons: a process that is told to end does not wait for what waits for a peer.
+
+    value = await in_thread(wait_for_everyone)
+    worker = Worker("ckpt-move")
+    future = worker.submit(lambda: move(bucket))        # one after the other, in this order
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Worker", "in_thread"]
+
+Result = TypeVar("Result")
+
+
+async def in_thread(call: Callable[[], Result]) -> Result:
+    """What a call gives that waits; it has deadlines of its own."""
+    future: Future[Result] = Future()
+    threading.Thread(target=_run, args=(future, call), name="ckpt-wait", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+class Worker:
+    """A thread that makes calls in the order in which they are given, until closed."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._calls = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, call: Callable[[], Result]) -> Future[Result]:
+        """Have it called after all that were given before."""
+        future: Future[Result] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def close(self) -> None:
+        """End the thread after the calls that were given."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (given := self._calls.get()) is not None:
+            _run(*given)
+
+
+def _run(future: Future[Result], call: Callable[[], Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
