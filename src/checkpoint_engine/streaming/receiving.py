@@ -144,7 +144,7 @@ class Receiving:
             with contextlib.suppress(queue.Empty):
                 arrived = self._arrived.get(timeout=POLL_SECONDS)
                 break
-            if self._is_over() or time.monotonic() > deadline:
+            if self._link.stopped.is_set() or time.monotonic() > deadline:
                 raise DeadlineExceeded(f"nothing arrived in {self._timeout_seconds:.0f} s")
         if isinstance(arrived, BaseException):
             raise arrived

@@ -1,0 +1,97 @@
+"""A trainer or a sampler in a process of its own, told what to do on its standard input.
+
+python stream_member.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+from stream_weights import equal, weights
+
+from checkpoint_engine.streaming import new_engine
+from children import say, serve
+
+
+class Member:
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def make(self, kind: str, is_master: bool, settings: dict[str, Any]) -> dict[str, Any]:
+        self._engine = new_engine(kind, **settings)
+        self._engine.is_master = is_master
+        return self._engine.prepare()
+
+    def meet(self, rank: int, world_size: int, metadata: dict[str, Any] | None = None) -> None:
+        self._engine.init_process_group(rank, world_size, master_metadata=metadata)
+
+    def send(
+        self,
+        seed: int,
+        label: str = "",
+        fail_after: int = -1,
+        die_after: int = -1,
+        **sizes: int,
+    ) -> Any:
+        def generated() -> Iterator[tuple[str, torch.Tensor]]:
+            for number, pair in enumerate(weights(seed, **sizes).items()):
+                if number == fail_after:
+                    raise RuntimeError("the trainer has no such tensor")
+                if number == die_after:
+                    os._exit(9)
+                yield pair
+
+        report = asyncio.run(self._engine.send_weights(generated(), label=label))
+        return msgspec.to_builtins(report)
+
+    def receive(
+        self,
+        seed: int,
+        pause: float = 0.0,
+        pause_at: int = 0,
+        stop_after: int = -1,
+        die_after: int = -1,
+        scribble: bool = False,
+        **sizes: int,
+    ) -> Any:
+        """Compare what comes with what was to come; returns what it was."""
+        expected = weights(seed, **sizes)
+
+        async def run() -> list[str]:
+            names = []
+            stream = self._engine.receive_weights()
+            async for name, tensor in stream:
+                assert equal(tensor, expected[name]), name
+                names.append(name)
+                if len(names) == die_after:
+                    say(event="dying")
+                    os._exit(9)
+                if len(names) == stop_after:
+                    await stream.aclose()
+                    break
+                if pause and len(names) == pause_at:
+                    say(event="slow")
+                    time.sleep(pause)
+                if scribble:
+                    tensor.reshape(-1).view(torch.uint8).fill_(0xFF)
+            return names
+
+        names = asyncio.run(run())
+        version = self._engine.version
+        return {"names": names, "version": version and msgspec.to_builtins(version)}
+
+    def finalize(self) -> None:
+        if self._engine is not None:
+            self._engine.finalize()
+            self._engine = None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve(Member())

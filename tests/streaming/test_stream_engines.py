@@ -1,0 +1,243 @@
+"""The engines as one process uses them: two in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stream_weights import MIB, equal, weights
+
+import checkpoint_engine
+from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.streaming import (
+    CheckpointEngine,
+    GlooCheckpointEngine,
+    HCCLCheckpointEngine,
+    NCCLCheckpointEngine,
+    SharedMemoryCheckpointEngine,
+    engine_class,
+    engine_names,
+    names,
+    new_engine,
+)
+
+KINDS = [GlooCheckpointEngine, SharedMemoryCheckpointEngine]
+Pair = tuple[Any, Any]
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, socket_folder: Path) -> Iterator[Pair]:
+    """A trainer's engine and a sampler's that have met."""
+    make: Callable[[], Pair] = lambda: connected(request.param)  # noqa: E731
+    trainer, sampler = make()
+    yield trainer, sampler
+    sampler.finalize()
+    trainer.finalize()
+
+
+def connected(kind: Any, **settings: Any) -> Pair:
+    settings = {"bucket_size": 4 * MIB, "timeout": 20, **settings}
+    trainer, sampler = kind(**settings, is_master=True), kind(**settings)
+    metadata = [trainer.prepare(), sampler.prepare()]
+    of_trainer, of_sampler = kind.build_topology(1, 1, metadata)
+    for engine, arguments in ((trainer, of_trainer), (sampler, of_sampler)):
+        engine.init_process_group(**{name: values[0] for name, values in arguments.items()})
+    return trainer, sampler
+
+
+async def received(engine: Any, **options: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor async for name, tensor in engine.receive_weights(**options)}
+
+
+def sync(pair: Pair, sent: Any, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    async def both() -> Any:
+        return await asyncio.gather(
+            pair[0].send_weights(sent, **options), received(pair[1], copy=True)
+        )
+
+    return tuple(asyncio.run(both()))  # type: ignore[return-value]
+
+
+def test_both_ends_know_what_it_was(pair: Pair) -> None:
+    report, found = sync(pair, weights(1), label="step-7")
+    assert all(equal(found[name], tensor) for name, tensor in weights(1).items())
+    for engine in pair:
+        assert (engine.version.label, engine.version.digest) == ("step-7", report.digest)
+    assert report.num_bytes == sum(tensor.nbytes for tensor in weights(1).values())
+    assert set(report.seconds) == {"meet", "generate", "fill", "move", "total"}
+    assert sync(pair, weights(2))[0].label == "sync-2"
+
+
+def test_a_module_is_sent_by_its_named_parameters(pair: Pair) -> None:
+    model, copy = torch.nn.Linear(300, 20), torch.nn.Linear(300, 20)
+    _, found = sync(pair, model.named_parameters())
+    copy.load_state_dict(found)
+    assert all(map(equal, model.parameters(), copy.parameters()))
+
+
+def test_a_generator_may_use_its_memory_again(pair: Pair) -> None:
+    def generated() -> Iterator[tuple[str, torch.Tensor]]:
+        memory = torch.empty(100_000)
+        for number in range(200):
+            yield str(number), memory.fill_(number)
+
+    _, found = sync(pair, generated())
+    assert all((found[str(number)] == number).all() for number in range(200))
+
+
+def test_tensors_are_views_that_are_used_again_unless_they_are_copied(pair: Pair) -> None:
+    sent = {str(number): torch.full((4 * MIB,), number, dtype=torch.uint8) for number in range(9)}
+
+    async def addresses(**options: Any) -> tuple[list[int], list[torch.Tensor]]:
+        kept = [tensor async for _, tensor in pair[1].receive_weights(**options)]
+        return [tensor.data_ptr() for tensor in kept], kept
+
+    async def both(**options: Any) -> Any:
+        return (await asyncio.gather(pair[0].send_weights(sent), addresses(**options)))[1]
+
+    places, _ = asyncio.run(both())
+    assert len(set(places)) == 3, "the slots of the ring"
+    _, kept = asyncio.run(both(copy=True))
+    assert all((tensor == number).all() for number, tensor in enumerate(kept))
+
+
+def test_a_tensor_that_is_given_twice_fails_both_ends(pair: Pair) -> None:
+    async def both() -> Any:
+        twice = [("a", torch.ones(2)), ("a", torch.ones(2))]
+        return await asyncio.gather(
+            pair[0].send_weights(twice), received(pair[1]), return_exceptions=True
+        )
+
+    at_sender, at_receiver = asyncio.run(both())
+    assert isinstance(at_sender, SourceError)
+    assert isinstance(at_receiver, SourceError)
+    assert "the sender gave up: tensor 'a' is given twice" in str(at_receiver)
+    assert sync(pair, weights(1))[0].label == "sync-2"
+
+
+def test_a_trainer_that_is_cancelled_tells_its_samplers(pair: Pair) -> None:
+    async def both() -> Any:
+        async def endless() -> Any:
+            yield "a", torch.ones(2)
+            await asyncio.sleep(1000)
+
+        sending = asyncio.create_task(pair[0].send_weights(endless()))
+        receiving = asyncio.create_task(received(pair[1]))
+        await asyncio.sleep(0.2)
+        sending.cancel()
+        return await asyncio.gather(sending, receiving, return_exceptions=True)
+
+    at_sender, at_receiver = asyncio.run(both())
+    assert isinstance(at_sender, asyncio.CancelledError)
+    assert "the sender gave up: CancelledError" in str(at_receiver)
+    sync(pair, weights(1))
+
+
+def test_the_event_loop_goes_on_while_nobody_comes(pair: Pair) -> None:
+    async def wait() -> int:
+        receiving = asyncio.create_task(received(pair[1]))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert not receiving.done()
+        await asyncio.gather(pair[0].send_weights(weights(1)), receiving)
+        return len(receiving.result())
+
+    assert asyncio.run(wait()) == len(weights(1))
+
+
+def test_a_trainer_s_other_processes_make_weights_and_send_none() -> None:
+    engine = GlooCheckpointEngine()
+    engine.init_process_group(rank=-1, world_size=3)
+    rest = iter(weights(1).items())
+    assert asyncio.run(engine.send_weights(rest)) is None
+    assert list(rest) == []
+    engine.finalize()
+
+
+def test_the_topology_fits_both_ways_in_which_it_is_asked_for() -> None:
+    master = {"master_addr": "10.0.0.1", "master_port": 4711}
+    for metadata in ([master], [master, {}, {}, {}, {}]):
+        trainer, samplers = GlooCheckpointEngine.build_topology(2, 3, metadata)
+        assert trainer == {
+            "rank": [0, -1],
+            "world_size": [4, 4],
+            "master_metadata": [master, master],
+        }
+        assert samplers["rank"] == [1, 2, 3]
+    with pytest.raises(UsageError, match="is_master = True"):
+        GlooCheckpointEngine.build_topology(2, 3, [{}, {}])
+
+
+def test_finalize_may_be_called_twice_and_prepare_begins_anew(socket_folder: Path) -> None:
+    trainer, sampler = connected(GlooCheckpointEngine)
+    for _ in range(2):
+        sync((trainer, sampler), weights(1))
+        for engine in (sampler, sampler, trainer, trainer):
+            engine.finalize()
+        trainer.is_master = True
+        metadata = trainer.prepare()
+        trainer.init_process_group(rank=0, world_size=2)
+        sampler.init_process_group(rank=1, world_size=2, master_metadata=metadata)
+    sampler.finalize()
+    trainer.finalize()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bucket_size": 1 << 20}, "4194304 bytes or more"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"compression": "lz4"}, "there are none, zstd"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        GlooCheckpointEngine(**settings)
+
+
+def test_wrong_uses_are_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, sampler = pair
+    with pytest.raises(UsageError, match="only rank 0 sends"):
+        asyncio.run(sampler.send_weights({}))
+    with pytest.raises(UsageError, match="ranks from 1 receive"):
+        asyncio.run(received(trainer))
+    with pytest.raises(UsageError, match="come first"):
+        asyncio.run(GlooCheckpointEngine().send_weights({}))
+    with pytest.raises(UsageError, match="is rank 1 already, not 0"):
+        sampler.init_process_group(rank=0, world_size=2)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="pass master_metadata="):
+        GlooCheckpointEngine().init_process_group(rank=1, world_size=2)
+    with pytest.raises(UsageError, match="rank 5 is not one of world size 2"):
+        GlooCheckpointEngine().init_process_group(rank=5, world_size=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for hosts without a GPU")
+@pytest.mark.parametrize("kind", [NCCLCheckpointEngine, HCCLCheckpointEngine])
+def test_devices_that_are_not_there_are_not_pretended(kind: type[CheckpointEngine]) -> None:
+    with pytest.raises(UsageError, match="use GlooCheckpointEngine, or SharedMemory"):
+        kind()
+
+
+def test_engines_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"gloo", "nccl", "hccl", "shm", "ray"} <= set(engine_names())
+    assert engine_class("shm") is SharedMemoryCheckpointEngine
+    assert isinstance(new_engine("gloo", bucket_size=8 * MIB), GlooCheckpointEngine)
+    with pytest.raises(UsageError, match="no streaming engine 'pigeon'; there are"):
+        engine_class("pigeon")
+
+    target = f"{GlooCheckpointEngine.__module__}:GlooCheckpointEngine"
+    found = EntryPoints([EntryPoint("pigeon", target, names.GROUP)])
+    monkeypatch.setattr(names, "entry_points", lambda **wanted: found.select(**wanted))
+    assert engine_class("pigeon") is GlooCheckpointEngine
+    assert engine_names()[0] == "pigeon"
+
+
+def test_engines_have_public_names() -> None:
+    assert checkpoint_engine.GlooCheckpointEngine is GlooCheckpointEngine
+    assert checkpoint_engine.CheckpointEngine is CheckpointEngine
