@@ -13,10 +13,20 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from stream_weights import equal, weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from checkpoint_engine.streaming import new_engine
 from children import say, serve
+
+
+def sharded_model() -> torch.nn.Module:
+    torch.manual_seed(7)
+    return torch.nn.Sequential(
+        torch.nn.Embedding(1501, 32), torch.nn.Linear(32, 99), torch.nn.LayerNorm(99)
+    )
 
 
 class Member:
@@ -85,6 +95,34 @@ class Member:
         names = asyncio.run(run())
         version = self._engine.version
         return {"names": names, "version": version and msgspec.to_builtins(version)}
+
+    def send_sharded(self, rank: int, port: int) -> Any:
+        """Send a model of which two processes have a half each."""
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        )
+        model = sharded_model()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+        def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, parameter in model.named_parameters():
+                yield name, parameter.full_tensor()
+
+        report = asyncio.run(self._engine.send_weights(gathered()))
+        dist.destroy_process_group()
+        return msgspec.to_builtins(report)
+
+    def receive_sharded(self) -> dict[str, bool]:
+        """Whether each tensor that comes is the whole one."""
+        expected = dict(sharded_model().named_parameters())
+
+        async def run() -> dict[str, bool]:
+            return {
+                name: equal(tensor, expected[name])
+                async for name, tensor in self._engine.receive_weights()
+            }
+
+        return asyncio.run(run())
 
     def finalize(self) -> None:
         if self._engine is not None:

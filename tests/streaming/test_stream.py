@@ -212,3 +212,19 @@ def test_the_environment_says_where_to_meet(crew: Crew, free_port: int) -> None:
         check(ranks, 1)
         sampler.call("finalize")
         trainer.call("finalize")
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_a_sharded_trainer_s_first_process_sends_for_both(
+    crew: Crew, kind: str, free_port: int
+) -> None:
+    """Three samplers receive, bit for bit, what two processes with FSDP2 have a half of each."""
+    first, *samplers = crew.meet(kind, 4, SMALL)
+    second = crew.child(4)
+    second.call("make", kind=kind, is_master=False, settings=SMALL)
+    second.call("meet", rank=-1, world_size=4)
+    received = [sampler.send("receive_sharded") for sampler in samplers]
+    sent, _ = call_all([first, second], "send_sharded", rank=[0, 1], port=free_port)
+    taken = [sampler.result(one) for sampler, one in zip(samplers, received, strict=True)]
+    assert sent["num_tensors"] == 5
+    assert taken == [dict.fromkeys(taken[0], True)] * 3
