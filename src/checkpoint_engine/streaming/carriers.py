@@ -102,8 +102,9 @@ class CollectiveCarrier(Carrier):
     early = True
 
     def __init__(self, rendezvous: Rendezvous, backend: str, device: torch.device) -> None:
+        self._keys = rendezvous.scope("ways")
         self._collective = Collective(
-            rendezvous, index=rendezvous.rank, size=rendezvous.world_size, backend=backend
+            self._keys, index=rendezvous.rank, size=rendezvous.world_size, backend=backend
         )
         self._slots = Slots(device)
         self._is_alone = rendezvous.world_size == 1
@@ -121,6 +122,7 @@ class CollectiveCarrier(Carrier):
         """Meet in the group of this name."""
         if way != self.kept:
             self.abandon()
+            self._keys.clear()  # of the group of before, in which everybody has met, or never will
         if not self._is_alone:
             self._collective.connect(way, timeout_seconds)
         self.kept = way

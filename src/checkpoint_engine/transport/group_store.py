@@ -7,7 +7,7 @@ group = ProcessGroupGloo(store, rank, size, options)
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -24,11 +24,18 @@ class GroupStore(Store):
     """What torch calls, from any of its threads. Owns `keys`.
 
     Torch does not keep this object alive: whoever makes a group of it must, as long as the group.
+
+    Args:
+        keys: where they are kept.
+        prefix: of each.
+        note: called with each that is set, so that it can be deleted in time.
     """
 
-    def __init__(self, keys: KeyStore, prefix: str) -> None:
+    def __init__(
+        self, keys: KeyStore, prefix: str, note: Callable[[str], None] = lambda key: None
+    ) -> None:
         super().__init__()
-        self._keys, self._prefix = keys, prefix
+        self._keys, self._prefix, self._note = keys, prefix, note
         self._timeout = DEFAULT_TIMEOUT
         self._lock = threading.Lock()
 
@@ -44,6 +51,7 @@ class GroupStore(Store):
     def set(self, key: str, value: bytes | str) -> None:
         """Give a key a value."""
         with self._lock:
+            self._note(key)
             self._keys.set(self._prefix + key, value.encode() if isinstance(value, str) else value)
 
     def get(self, key: str) -> bytes:

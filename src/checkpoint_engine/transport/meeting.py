@@ -115,14 +115,18 @@ class Meeting:
         self._launcher.tell(keeper.address)
         return keeper
 
-    def reach(self, timeout_seconds: float = CONNECT_SECONDS) -> KeyClient:
+    def reach(self, timeout_seconds: float | None = None) -> KeyClient:
         """A connection to the keys, once rank 0 keeps them.
+
+        Args:
+            timeout_seconds: to wait for that; default five minutes.
 
         Raises:
             UsageError: this host was not given the secret, or was given another than rank 0.
             DeadlineExceeded: rank 0 cannot be reached.
         """
-        deadline = time.monotonic() + timeout_seconds
+        patience = CONNECT_SECONDS if timeout_seconds is None else timeout_seconds
+        deadline = time.monotonic() + patience
         silent_at = time.monotonic()  # the last time that nobody was there to hang up
         while True:
             try:

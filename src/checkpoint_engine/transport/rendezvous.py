@@ -19,7 +19,7 @@ from checkpoint_engine.errors import DeadlineExceeded, PeerLost, UsageError
 from checkpoint_engine.transport.address import LOOPBACK
 from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.keystore import KeyStore, LocalKeyStore
-from checkpoint_engine.transport.meeting import CONNECT_SECONDS, Keeper, Meeting, number_of
+from checkpoint_engine.transport.meeting import Keeper, Meeting, number_of
 
 __all__ = ["Log", "Rendezvous"]
 
@@ -92,7 +92,7 @@ class Rendezvous:
         world_size: int,
         keeper: Keeper | None = None,
         *,
-        timeout_seconds: float = CONNECT_SECONDS,
+        timeout_seconds: float | None = None,
     ) -> Rendezvous:
         """Meet the other ranks there; rank 0 gives its `keeper`, which is taken over.
 
@@ -142,8 +142,15 @@ class Rendezvous:
         )
 
     def group_store(self, name: str) -> GroupStore:
-        """A torch store under `name`, over a connection of its own, which the caller closes."""
-        return GroupStore(self.store.fork(), f"{self._prefix}{name}/")
+        """A torch store under `name`, over a connection of its own, which the caller closes.
+
+        Its keys are deleted by `clear`, as others are.
+        """
+        return GroupStore(
+            self.store.fork(),
+            f"{self._prefix}{name}/",
+            lambda key: self._keys.append(f"{name}/{key}"),
+        )
 
     def put(self, key: str, value: bytes) -> None:
         """Set a key, once."""
