@@ -351,3 +351,14 @@ def test_rank_0_dies(
         waiting.result()
     with pytest.raises(PeerLost):
         second.put("key", b"value")
+
+
+def test_the_keys_of_a_group_are_cleared_with_the_others() -> None:
+    keys = LocalKeyStore()
+    scope = Rendezvous(keys, 0, 1).scope("ways")
+    group_store = scope.group_store("gloo")
+    group_store.set("0", b"address")
+    scope.put("mine", b"")
+    assert len(keys) == 2
+    scope.clear()
+    assert len(keys) == 0

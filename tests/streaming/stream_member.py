@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -67,6 +68,7 @@ class Member:
         pause_at: int = 0,
         stop_after: int = -1,
         die_after: int = -1,
+        hang_after: int = -1,
         scribble: bool = False,
         **sizes: int,
     ) -> Any:
@@ -82,6 +84,8 @@ class Member:
                 if len(names) == die_after:
                     say(event="dying")
                     os._exit(9)
+                if len(names) == hang_after:
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 if len(names) == stop_after:
                     await stream.aclose()
                     break

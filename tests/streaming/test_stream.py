@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -136,14 +138,32 @@ def test_a_slow_receiver_is_waited_for_until_the_deadline(meet: Meet, kind: str)
     ranks[1].result(first)
     ranks[0].result(sent)
 
-    ranks = meet(kind, 3, {**SMALL, "timeout": 1})
+    ranks = meet(kind, 3, {**SMALL, "timeout": 2})
     sent, first = ranks[0].send("send", seed=1), ranks[1].send("receive", seed=1)
-    last = ranks[2].send("receive", seed=1, pause=4, pause_at=1)
+    last = ranks[2].send("receive", seed=1, pause=6, pause_at=1)
     with pytest.raises(RuntimeError, match="DeadlineExceeded: rank 2 had no room for bucket"):
         ranks[0].result(sent)
     for rank, receives in ((ranks[1], first), (ranks[2], last)):
         with pytest.raises(RuntimeError, match="DeadlineExceeded: the sender gave up: rank 2 had"):
             rank.result(receives)
+    check(ranks, 2)
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_a_receiver_that_hangs_is_named(meet: Meet, kind: str) -> None:
+    ranks = meet(kind, 4, {**SMALL, "timeout": 3})
+    received = [ranks[rank].send("receive", seed=1) for rank in (1, 2)]
+    last = ranks[3].send("receive", seed=1, hang_after=2)
+    try:
+        with pytest.raises(RuntimeError, match="DeadlineExceeded: rank 3 ha"):
+            ranks[0].call("send", seed=1)
+        for rank, number in zip(ranks[1:3], received, strict=True):
+            with pytest.raises(RuntimeError, match="DeadlineExceeded: the sender gave up: rank 3 "):
+                rank.result(number)
+    finally:
+        os.kill(ranks[3].pid, signal.SIGCONT)
+    with pytest.raises(RuntimeError, match="DeadlineExceeded: the sender gave up: rank 3 ha"):
+        ranks[3].result(last)
     check(ranks, 2)
 
 

@@ -151,10 +151,14 @@ class Watch:
             raise VerificationError(f"{named_ranks(wrong)} took another version than was sent")
 
     def cause(self, error: CheckpointEngineError) -> CheckpointEngineError:
-        """What is behind an error of the sender's own: the failure of a receiver, if there is."""
+        """What is behind a way that broke: a receiver that failed, or else one that hangs."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None, ECHO_SECONDS)
-            return self._failure or error
+            if self._failure is not None:
+                return self._failure
+            last = min(self._ready.values(), default=-1)
+            silent = [rank for rank, ready in self._ready.items() if ready == last]
+        return DeadlineExceeded(f"{named_ranks(silent)} hangs, as it seems: {error}")
 
     def close(self) -> None:
         """Stop listening."""
