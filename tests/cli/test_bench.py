@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from checkpoint_engine.bench.libraries import measure_library
 from checkpoint_engine.bench.measure import Unavailable
 from checkpoint_engine.bench.startup import measure_startup
+from checkpoint_engine.bench.stream import measure_ray, measure_streams
 
 MIB = 1 << 20
 
@@ -55,3 +56,15 @@ def test_two_ranks_are_compared_with_one(tmp_path: Path) -> None:
         "start-up of one": 2,
         "start-up of two ranks": 2,
     }
+
+
+def test_streams_are_compared_with_bare_ones() -> None:
+    samples = measure_streams(32 * MIB, rounds=1, warmups=0, tell=ignore)
+    ours = {"stream", "stream by shm", "stream to slow and fast", "stream to slow"}
+    assert set(samples) == ours | {"bare buckets", "bare bytes", "tensor by tensor"}
+
+
+def test_streams_are_compared_with_the_object_store_of_ray() -> None:
+    pytest.importorskip("ray")
+    samples = measure_ray(32 * MIB, rounds=1, warmups=0, tell=ignore)
+    assert set(samples) == {"stream beside Ray", "Ray object store"}

@@ -36,6 +36,7 @@ from checkpoint_engine.bench.measure import (
 from checkpoint_engine.bench.peers import measure_peers
 from checkpoint_engine.bench.plan import measure_plan
 from checkpoint_engine.bench.startup import measure_startup
+from checkpoint_engine.bench.stream import measure_ray, measure_streams
 from checkpoint_engine.bench.updates import Updates
 from checkpoint_engine.bench.weights import SIZES, Size, save_checkpoint
 from checkpoint_engine.errors import UsageError
@@ -58,6 +59,14 @@ BROADCASTS = (
     Ratio("broadcast", "broadcast", "bare", 1.2),
     Ratio("broadcast-control", "bare again", "bare"),
 )
+STREAMS = (
+    Ratio("stream", "stream", "bare buckets", 1.2),
+    Ratio("stream-packed", "stream", "bare bytes"),
+    Ratio("stream-tensors", "tensor by tensor", "stream", 1.0, at_least=True),
+    Ratio("stream-shm", "stream", "stream by shm", 1.0, at_least=True),
+    Ratio("stream-slow", "stream to slow and fast", "stream to slow", 1.2),
+)
+RAY = (Ratio("stream-ray", "Ray object store", "stream beside Ray", 1.0, at_least=True),)
 PEERS = (
     Ratio("p2p", "p2p", "bare p2p"),
     Ratio("p2p-4", "p2p from 4", "bare p2p from 4"),
@@ -152,6 +161,8 @@ def _groups() -> list[tuple[tuple[Ratio, ...], Measure]]:
     return [
         (UPDATES, _measure_updates),
         (BROADCASTS, _of_no_model(measure_broadcast, BROADCAST_WARMUPS)),
+        (STREAMS, _of_no_model(measure_streams, BROADCAST_WARMUPS)),
+        (RAY, _of_no_model(measure_ray, BROADCAST_WARMUPS)),
         (PEERS, _of_no_model(measure_peers, PEER_WARMUPS)),
         *(
             (
