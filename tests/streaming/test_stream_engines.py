@@ -138,6 +138,39 @@ def test_a_trainer_that_is_cancelled_tells_its_samplers(pair: Pair) -> None:
     sync(pair, weights(1))
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_whoever_is_cancelled_before_the_meeting_leaves_nothing_behind(
+    pair: Pair, who: int
+) -> None:
+    async def alone() -> None:
+        waits = received(pair[1]) if who else pair[0].send_weights(weights(1))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(waits, 0.1)
+
+    for seed in range(3):
+        asyncio.run(alone())
+        assert len(sync(pair, weights(seed))[1]) == len(weights(seed))
+
+
+def test_a_consumer_that_is_cancelled_ends_the_cycle(pair: Pair) -> None:
+    async def both() -> Any:
+        async def stuck() -> None:
+            async for _ in pair[1].receive_weights():
+                await asyncio.sleep(1000)
+
+        sending = asyncio.create_task(pair[0].send_weights(weights(1)))
+        receiving = asyncio.create_task(stuck())
+        await asyncio.sleep(0.3)
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+        return await asyncio.gather(sending, return_exceptions=True)
+
+    for seed in range(3):
+        (at_sender,) = asyncio.run(both())
+        assert "rank 1 gave up" in str(at_sender)
+        assert len(sync(pair, weights(seed))[1]) == len(weights(seed))
+
+
 def test_the_event_loop_goes_on_while_nobody_comes(pair: Pair) -> None:
     async def wait() -> int:
         receiving = asyncio.create_task(received(pair[1]))

@@ -13,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost
 from checkpoint_engine.streaming.carriers import Carrier
+from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 __all__ = ["Cycle", "Link", "Settings"]
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 1.0  # for threads to see that they are to stop
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,12 +60,16 @@ class Link:
 
     Attributes:
         stopped: set when the engine is being closed, and waits are to end.
+        under_way: called when it is, to end what uses the keys.
     """
 
     def __init__(self, rendezvous: Rendezvous, carrier: Carrier, settings: Settings) -> None:
         self.rendezvous, self.carrier, self.settings = rendezvous, carrier, settings
         self._speaking, self._hearing = rendezvous.fork(), rendezvous.fork()
         self.stopped = threading.Event()
+        self.under_way: set[Callable[[], object]] = set()
+        self._turn = threading.Lock()
+        self._threads: Sequence[threading.Thread] = ()
         self._last = 0
         self._past: list[Cycle] = []
 
@@ -77,20 +84,44 @@ class Link:
         cycle.speaking.put("open", b"")
         return cycle
 
-    def join(self) -> Cycle:
+    @contextlib.contextmanager
+    def turn(self, threads: Sequence[threading.Thread]) -> Iterator[None]:
+        """While a receiver joins a cycle, after what is left of its last one has ended.
+
+        Args:
+            threads: that begin within, and use the keys.
+
+        Raises:
+            DeadlineExceeded: something of it waits still.
+        """
+        deadline = time.monotonic() + self.settings.timeout_seconds
+        if not self._turn.acquire(timeout=self.settings.timeout_seconds):
+            raise DeadlineExceeded("the last cycle is still being left")
+        try:
+            for thread in _begun(self._threads):
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    raise DeadlineExceeded(f"the last cycle is still being left: {thread.name}")
+            self._threads = threads
+            yield
+        finally:
+            self._turn.release()
+
+    def join(self, is_over: Callable[[], bool]) -> Cycle:
         """A receiver's next cycle, once the sender has begun it.
 
         Raises:
-            DeadlineExceeded: it does not.
+            DeadlineExceeded: it does not, or `is_over` meanwhile.
             PeerLost: it is gone.
         """
         deadline = time.monotonic() + self.settings.timeout_seconds
-        number = max(self._last + 1, self._speaking.add("cycles", 0))
+        with with_sender():
+            number = max(self._last + 1, self._speaking.add("cycles", 0))
         cycle = self._cycle(number)
         if _is_set(cycle.hearing, "over", 0.0):
             cycle = self._cycle(number + 1)
-        while not _is_set(cycle.hearing, "open", POLL_SECONDS):
-            if time.monotonic() > deadline or self.stopped.is_set():
+        while not _is_set(cycle.hearing, "open", POLL_SECONDS) or is_over():
+            if time.monotonic() > deadline or is_over():
                 raise DeadlineExceeded(
                     f"the sender sent nothing in {self.settings.timeout_seconds:.0f} s; raise "
                     "timeout= if it trains for longer"
@@ -105,7 +136,13 @@ class Link:
     def close(self) -> None:
         """Leave."""
         self.stopped.set()
+        for end in tuple(self.under_way):
+            end()
         self.carrier.close()
+        if self._turn.acquire(timeout=LEAVE_SECONDS):  # else nothing is left to be done about it
+            self._turn.release()
+        for thread in _begun(self._threads):
+            thread.join(LEAVE_SECONDS)
         with contextlib.suppress(PeerLost, DeadlineExceeded):
             while self._past:
                 self._past.pop(0).speaking.clear()
@@ -122,11 +159,14 @@ class Link:
         return cycle
 
 
+def _begun(threads: Sequence[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in threads if thread.ident is not None]
+
+
 def _is_set(keys: Rendezvous, key: str, timeout_seconds: float) -> bool:
     try:
-        keys.get(key, timeout_seconds)
+        with with_sender():
+            keys.get(key, timeout_seconds)
     except DeadlineExceeded:
         return False
-    except PeerLost as error:
-        raise PeerLost(f"the sender is gone: {error}") from error
     return True

@@ -10,6 +10,8 @@ sender speaks, in the other the receivers do. Entries are msgpack; nothing is un
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Generic, TypeAlias, TypeVar
 
 import msgspec
@@ -26,6 +28,7 @@ from checkpoint_engine.errors import (
     UsageError,
     VerificationError,
 )
+from checkpoint_engine.manifest import CHUNK_BYTES
 from checkpoint_engine.transport.rendezvous import Log
 
 __all__ = [
@@ -46,9 +49,11 @@ __all__ = [
     "Voice",
     "decode_hello",
     "raised",
+    "with_sender",
 ]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 46)]
+BucketBytes = Annotated[int, msgspec.Meta(ge=CHUNK_BYTES, le=1 << 46)]
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +67,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         address, key: where the sender notices that it is gone.
     """
 
-    bucket_bytes: Count
+    bucket_bytes: BucketBytes
     engine: str
     host: str
     kept: str
@@ -73,7 +78,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, tag=True):
     """How bytes will come: in buckets of at most so many, on this way."""
 
-    bucket_bytes: Count
+    bucket_bytes: BucketBytes
     way: str
 
 
@@ -146,6 +151,15 @@ _HELLO = msgspec.msgpack.Decoder(Hello)
 Heard = TypeVar("Heard")
 
 
+@contextmanager
+def with_sender() -> Iterator[None]:
+    """The shared keys are lost with rank 0, which sends: say so."""
+    try:
+        yield
+    except PeerLost as error:
+        raise PeerLost(f"the sender is gone: {error}") from error
+
+
 class Voice:
     """Speaks in a log, from any thread."""
 
@@ -154,8 +168,8 @@ class Voice:
         self._lock = threading.Lock()
 
     def say(self, entry: msgspec.Struct) -> None:
-        """Append an entry."""
-        with self._lock:
+        """Append an entry; raises PeerLost if the sender is gone."""
+        with self._lock, with_sender():
             self._log.append(msgspec.msgpack.encode(entry))
 
 
@@ -169,11 +183,12 @@ class Ear(Generic[Heard]):
         """The next entry; None if there is none in time.
 
         Raises:
-            PeerLost: rank 0 is gone.
+            PeerLost: the sender is gone.
             ProtocolError: it is none.
         """
         try:
-            entry = self._log.next(timeout_seconds)
+            with with_sender():
+                entry = self._log.next(timeout_seconds)
         except DeadlineExceeded:
             return None
         try:

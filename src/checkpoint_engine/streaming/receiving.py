@@ -53,6 +53,7 @@ from checkpoint_engine.streaming.messages import (
     Ready,
     Voice,
     raised,
+    with_sender,
 )
 from checkpoint_engine.streaming.packing import Ledger, check_arrived, view, whole_tensors
 from checkpoint_engine.streaming.places import Place, Places
@@ -82,6 +83,9 @@ class Receiving:
         self._stopped = threading.Event()
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
+        self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
+        taker = threading.Thread(target=self._take, name="ckpt-arrive", daemon=True)
+        self._threads = (self._listener, taker)
         self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Arrived | Version | Over | BaseException]
         self._arrived = queue.SimpleQueue()
@@ -94,22 +98,29 @@ class Receiving:
             PeerLost: it is gone.
             CheckpointEngineError: it gave up.
         """
-        cycle = self._link.join()
-        self._voice = Voice(cycle.speaking.log("heard"))
-        self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
-        cycle.speaking.put(f"hello/{self._link.rank}", msgspec.msgpack.encode(self._hello()))
-        plan = self._hear()
+        with self._link.turn(self._threads):
+            cycle = self._link.join(self._is_over)
+            self._voice = Voice(cycle.speaking.log("heard"))
+            self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
+            with with_sender():
+                hello = msgspec.msgpack.encode(self._hello())
+                cycle.speaking.put(f"hello/{self._link.rank}", hello)
+            try:
+                self._follow(self._hear())
+            except TransferError as error:
+                self._say_failed(error)
+                raise self._cause(error) from error
+            for thread in self._threads:
+                thread.start()
+
+    def _follow(self, plan: FromSender | None) -> None:
+        """Get ready for what is to come."""
+        if plan is None:
+            raise TransferError("the consumer left before the first tensor")
         if not isinstance(plan, Plan):
             raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
         self._places.begin(plan.bucket_bytes)
-        try:
-            self._link.carrier.join(plan.way, self._timeout_seconds)
-        except TransferError as error:
-            self._say_failed(error)
-            raise self._cause(error) from error
-        self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
-        self._listener.start()
-        threading.Thread(target=self._take, name="ckpt-arrive", daemon=True).start()
+        self._link.carrier.join(plan.way, self._timeout_seconds)
 
     def next(self) -> Arrived | Version:
         """What arrives next; in the end, what all of it was.
@@ -137,6 +148,7 @@ class Receiving:
         self._stopped.set()
         self._say_failed(error)
         self._link.carrier.abandon()
+        self._arrived.put(error)  # for a thread that waits on behalf of a task that was cancelled
 
     def _next(self) -> Arrived | Version | Over:
         deadline = time.monotonic() + self._timeout_seconds + 2 * CAUSE_SECONDS
@@ -177,10 +189,7 @@ class Receiving:
         """What the sender says next; None if it no longer matters."""
         deadline = time.monotonic() + self._timeout_seconds + CAUSE_SECONDS
         while not self._is_over():
-            try:
-                heard = self._ear.next(POLL_SECONDS)
-            except PeerLost as error:
-                raise PeerLost(f"the sender is gone: {error}") from error
+            heard = self._ear.next(POLL_SECONDS)
             if isinstance(heard, Failed):
                 raise raised(heard)
             if heard is not None:
@@ -212,7 +221,7 @@ class Receiving:
                         return
                     self._take_bucket(*coming)
         except BaseException as error:
-            if not self._stopped.is_set():
+            if not self._is_over():
                 self._say_failed(error)
                 self._stopped.set()
                 self._listener.join()
@@ -275,7 +284,7 @@ class Receiving:
             try:
                 heard = self._ear.next(POLL_SECONDS)
             except PeerLost as lost:
-                return PeerLost(f"the sender is gone: {lost}")
+                return lost
             if isinstance(heard, Failed):
                 return raised(heard)
         return error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ class Sending:
         self._link, self._lines, self._carrier = link, lines, link.carrier
         self._settings = link.settings
         self._ranks = range(1, link.rendezvous.world_size)
+        self._stopped = threading.Event()
+        self._meeting, self._ending = threading.Lock(), threading.Lock()
         self._cycle: Cycle | None = None
         self._voice: Voice | None = None
         self._watch: Watch | None = None
@@ -103,6 +106,7 @@ class Sending:
             CheckpointEngineError: one gave up, for a reason of its own.
         """
         start = time.monotonic()
+        self._link.under_way.add(self._end)
         try:
             with self._clock.time("meet"):
                 bucket_bytes = await in_thread(self._meet)
@@ -137,6 +141,10 @@ class Sending:
 
     def _meet(self) -> int:
         """Begin the cycle, once every receiver takes part; returns the size of its buckets."""
+        with self._meeting:
+            return self._begin()
+
+    def _begin(self) -> int:
         cycle = self._cycle = self._link.begin()
         self._voice = Voice(cycle.speaking.log("sent"))
         hellos = self._greeted(cycle)
@@ -171,7 +179,8 @@ class Sending:
                 entry = cycle.hearing.get(f"hello/{missing[0]}", POLL_SECONDS)
                 hellos[missing[0]] = decode_hello(entry)
                 continue
-            if time.monotonic() > deadline or self._link.stopped.is_set():
+            is_over = self._stopped.is_set() or self._link.stopped.is_set()
+            if is_over or time.monotonic() > deadline:
                 raise DeadlineExceeded(
                     f"{named_ranks(missing[:1])} of {len(self._ranks)} receivers did not come in "
                     f"{self._settings.timeout_seconds:.0f} s: is it up, and does it receive?"
@@ -248,17 +257,28 @@ class Sending:
         self._watch.close()
         self._voice.say(Over())
         self._link.end(self._the_cycle)
+        self._link.under_way.discard(self._end)
 
     def _give_up(self, error: BaseException) -> BaseException:
-        """Tell everybody that the cycle failed; returns what is behind the error."""
-        cause = error
-        if self._watch is not None:
-            if isinstance(error, TransferError):
-                cause = self._watch.cause(error)
-            self._watch.close()  # which ends what still waits to move
-        if self._cycle is not None and self._voice is not None:
-            with contextlib.suppress(PeerLost, DeadlineExceeded):  # nobody is left to be told
-                self._voice.say(Failed(rank=0, error=RemoteError.of(cause)))
-                self._link.end(self._cycle)
-        self._carrier.abandon()
-        return cause
+        """Tell everybody that the cycle failed, once; returns what is behind the error."""
+        self._stopped.set()
+        with self._ending:
+            if self._end not in self._link.under_way:
+                return error
+            with self._meeting:  # a task may be cancelled before that is over
+                self._announcer.stop()
+            cause = error
+            if self._watch is not None:
+                if isinstance(error, TransferError):
+                    cause = self._watch.cause(error)
+                self._watch.close()  # which ends what still waits to move
+            if self._cycle is not None and self._voice is not None:
+                with contextlib.suppress(PeerLost, DeadlineExceeded):  # nobody is left to be told
+                    self._voice.say(Failed(rank=0, error=RemoteError.of(cause)))
+                    self._link.end(self._cycle)
+            self._carrier.abandon()
+            self._link.under_way.discard(self._end)
+            return cause
+
+    def _end(self) -> None:
+        self._give_up(UsageError("the engine was finalized meanwhile"))

@@ -10,6 +10,7 @@ The threads are daemons: a process that is told to end does not wait for what wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 __all__ = ["Worker", "in_thread"]
+
+STOP_SECONDS = 30.0
 
 Result = TypeVar("Result")
 
@@ -34,7 +37,8 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
         """Have it called after all that were given before."""
@@ -45,6 +49,14 @@ class Worker:
     def close(self) -> None:
         """End the thread after the calls that were given."""
         self._calls.put(None)
+
+    def stop(self) -> None:
+        """Forget the calls that have not begun, and wait for the one that has."""
+        with contextlib.suppress(queue.Empty):
+            while (given := self._calls.get_nowait()) is not None:
+                given[0].cancel()
+        self.close()
+        self._thread.join(STOP_SECONDS)
 
     def _work(self) -> None:
         while (given := self._calls.get()) is not None:
