@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-NUM_FUZZED = 22
+NUM_FUZZED = 25
 NUM_CASES = int(os.environ.get("FUZZ_CASES", "0"))
 PER_TEST = -(-NUM_CASES // NUM_FUZZED) or 60
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 
+from checkpoint_engine.errors import StoreError
 from checkpoint_engine.streaming.messages import Hello
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -41,8 +42,14 @@ class Slots:
         return [slot[:bucket_bytes] for slot in self._slots]
 
     def memory(self, num_bytes: int) -> torch.Tensor:
-        """So many bytes of their own, on the same device."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        """So many bytes of their own, on the same device; raises StoreError if there are none."""
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            raise StoreError(
+                f"no memory for {num_bytes} bytes on {self._device}: a bucket, or the largest "
+                "tensor, does not fit"
+            ) from error
 
 
 class Carrier(ABC):
