@@ -34,6 +34,7 @@ from checkpoint_engine.errors import (
     ProtocolError,
     RemoteError,
     TransferError,
+    UsageError,
     VerificationError,
 )
 from checkpoint_engine.manifest import Version
@@ -105,22 +106,20 @@ class Receiving:
             with with_sender():
                 hello = msgspec.msgpack.encode(self._hello())
                 cycle.speaking.put(f"hello/{self._link.rank}", hello)
+            plan = self._hear()
+            if plan is None:  # the consumer was cancelled before there was a voice to say so
+                self._say_failed(error := UsageError("its consumer left before the first tensor"))
+                raise error
+            if not isinstance(plan, Plan):
+                raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
+            self._places.begin(plan.bucket_bytes)
             try:
-                self._follow(self._hear())
+                self._link.carrier.join(plan.way, self._timeout_seconds)
             except TransferError as error:
                 self._say_failed(error)
                 raise self._cause(error) from error
             for thread in self._threads:
                 thread.start()
-
-    def _follow(self, plan: FromSender | None) -> None:
-        """Get ready for what is to come."""
-        if plan is None:
-            raise TransferError("the consumer left before the first tensor")
-        if not isinstance(plan, Plan):
-            raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
-        self._places.begin(plan.bucket_bytes)
-        self._link.carrier.join(plan.way, self._timeout_seconds)
 
     def next(self) -> Arrived | Version:
         """What arrives next; in the end, what all of it was.
