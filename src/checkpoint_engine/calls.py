@@ -36,12 +36,16 @@ class EngineRequest:
         ranks: whose handles it is given.
         engine: its kind; "auto" asks it, when it is first called.
         timeout_seconds: as for `Engine.update`.
+
+    Attributes:
+        endpoint: where the engine listens.
+        ranks: whose handles it is given; the first is the rank that calls it.
     """
 
     def __init__(
         self, endpoint: Endpoint, ranks: slice, engine: str, timeout_seconds: float
     ) -> None:
-        self._endpoint, self._ranks, self._name = endpoint, ranks, engine
+        self.endpoint, self.ranks, self._name = endpoint, ranks, engine
         self._timeout_seconds = timeout_seconds
 
     def __call__(self, handles: Sequence[tuple[str, str]], label: str = "") -> None:
@@ -50,19 +54,24 @@ class EngineRequest:
         Raises:
             AdapterError: it did not take it; says what it said.
         """
-        mine = dict(handles[self._ranks])
-        self._engine.update(self._endpoint, mine, label, self._timeout_seconds)
+        mine = dict(handles[self.ranks])
+        self.engine.update(self.endpoint, mine, label, self._timeout_seconds)
 
     @cached_property
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
+        """Its kind.
+
+        Raises:
+            AdapterError: it does not answer, or is of no kind that is known here.
+        """
         if self._name != AUTO:
             return _engine(self._name)
         for name in _names():
             engine = _engine(name)
-            if engine.recognises(self._endpoint):
+            if engine.recognises(self.endpoint):
                 return engine
         raise AdapterError(
-            f"{self._endpoint.url} is no engine that is known here ({', '.join(_names())}); name "
+            f"{self.endpoint.url} is no engine that is known here ({', '.join(_names())}); name "
             "its kind: --engine, or engine= of engine_requests"
         )
 

@@ -27,7 +27,7 @@ from types import ModuleType
 
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["DeviceManager", "device_uuid", "get_ip", "npu_generate_uuid"]
+__all__ = ["DeviceManager", "device_uuid", "get_ip", "local_index", "npu_generate_uuid"]
 
 MAX_NUM_NPUS = 8  # NPU cards of one host; each carries one or two chips
 NPU_SMI_TIMEOUT_SECONDS = 30.0
@@ -81,6 +81,12 @@ def device_uuid(device_type: str | None = None, index: int = 0) -> str:
     if device_type == "cpu":
         return f"GPU-{platform.machine()}"
     raise UsageError(f"{device_type!r} is no device type; it is one of npu, cuda, cpu")
+
+
+def local_index(rank: int, num_devices: int | None) -> int:
+    """The device of a rank on its host: `$LOCAL_RANK`, else the rank, counted round the devices."""
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return local_rank % num_devices if num_devices else local_rank
 
 
 def get_ip() -> str:

@@ -20,20 +20,19 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from checkpoint_engine.calls import request_inference_to_update
-from checkpoint_engine.device_utils import device_uuid
-from checkpoint_engine.errors import DeadlineExceeded, ManifestError, UpdateFailed, UsageError
+from checkpoint_engine.device_utils import device_uuid, local_index
+from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.registry import Registry, state_dir
 from checkpoint_engine.sources import JoinedSource, Source
+from checkpoint_engine.sources.lora_adapter import is_lora
 from checkpoint_engine.store import Store
 from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -41,9 +40,12 @@ from checkpoint_engine.transport.sockets import own_host
 from checkpoint_engine.update.back import roll_back, watched
 from checkpoint_engine.update.conductor import Calls, Request
 from checkpoint_engine.update.coordinator import Policy
-from checkpoint_engine.update.group import Group
+from checkpoint_engine.update.ending import check_report_file, ended
+from checkpoint_engine.update.group import Group, chosen_of
+from checkpoint_engine.update.lora import check_kind, lora_calls, unload
+from checkpoint_engine.update.metas import decode_metas
 from checkpoint_engine.update.probe import Probe
-from checkpoint_engine.update.protocol import Report, decode, explain
+from checkpoint_engine.update.protocol import Report, decode
 from checkpoint_engine.update.sessions import Door
 from checkpoint_engine.update.shelf import Shelf
 from checkpoint_engine.update.streaming import Streams, check_modes
@@ -197,7 +199,8 @@ class ParameterServer:
         self._version, self._name, self._mode = None, checkpoint_name, "auto"
         if any(meta.manifest.tensors for meta in metas):
             self._version = Version.of(metas)
-            self._shelf.offer(checkpoint_name, self._version)
+            if not is_lora(self._version.manifest):  # which no new instance could start from
+                self._shelf.offer(checkpoint_name, self._version)
 
     def _gather(self, checkpoint_name: str | None, rendezvous: Rendezvous) -> list[RankMeta]:
         registered = checkpoint_name in self._store.labels
@@ -208,7 +211,7 @@ class ParameterServer:
             rank=self.rank,
             host=own_host(),
             address=self._door.address,
-            device_uuid=device_uuid(index=self._device_index()),
+            device_uuid=device_uuid(index=local_index(self.rank, self._gpu_count)),
             segment=shard.segment.name if shard else "",
             manifest=known.manifest if known else Manifest.of(()),
             peer=self._shelf.peer,
@@ -238,13 +241,7 @@ class ParameterServer:
         Raises:
             ManifestError: it is malformed or contradicts itself.
         """
-        try:
-            by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
-        except (msgspec.ValidationError, UnicodeEncodeError) as error:
-            raise ManifestError(f"not what get_metas gives: {error}") from error
-        decoded = [by_rank[rank] for rank in sorted(by_rank)]
-        if [meta.rank for meta in decoded] != list(range(len(decoded))):
-            raise ManifestError(f"these are the metas of ranks {sorted(by_rank)}: some are missing")
+        decoded = decode_metas(metas)
         version = Version.of(decoded)
         if self._is_own(version) and len(decoded) != self.world_size:
             raise UsageError(f"these are the metas of {len(decoded)} of {self.world_size} ranks")
@@ -262,6 +259,7 @@ class ParameterServer:
         min_replicas: int = 1,
         require_rollback: bool = False,
         base: str | None = None,
+        lora: str | None = None,
         probe: Probe | Callable[[], object] | None = None,
         report: str | os.PathLike[str] | None = None,
     ) -> Report:
@@ -281,6 +279,7 @@ class ParameterServer:
             min_replicas: with "quarantine", how many engines must be left.
             require_rollback: refuse engines that would have no way back.
             base: digest of the version that every engine must serve; else the update is refused.
+            lora: what requests call the adapter by, if the checkpoint is one: see `update.lora`.
             probe: asked for a while after publish, on rank 0; if it says no, the engines return to
                 the version before. A bare function is asked once a second for ten seconds.
             report: file to write the report to, as JSON, on rank 0.
@@ -294,14 +293,18 @@ class ParameterServer:
                 served before, unless the report says otherwise. Names the first cause.
             UsageError: the checkpoint was not gathered.
         """
-        policy, calls = Policy(on_failure, min_replicas, require_rollback), Calls.of(req_func)
+        policy = Policy(on_failure, min_replicas, require_rollback)
         seconds = timeout.total_seconds()
-        _check_report_file(report)
-        chosen = self._chosen(ranks)
+        calls = Calls.of(req_func)
+        if lora is not None:
+            calls = lora_calls(lora, req_func, policy, probe, seconds)
+        check_report_file(report)
+        chosen = chosen_of(ranks, self.world_size)
         if self.rank not in chosen:
             return Report.not_taking_part(weight_version or checkpoint_name)
-        with self._lock, self._leased(checkpoint_name):
+        with self._lock, self._store.leased(checkpoint_name):
             group, version = self._group(chosen), self._gathered(checkpoint_name)
+            check_kind(version.manifest, lora)
             if ranks is not None or not self._is_own(version):
                 metas = self._taking_part(version, chosen, group)
                 version = group.read_from_peers(version, metas, self._mode)
@@ -314,11 +317,39 @@ class ParameterServer:
                 policy=policy,
                 timeout_seconds=seconds,
                 base=base,
+                lora=lora,
             )
             if probe is not None and result.outcome == "published":
                 asked = probe if isinstance(probe, Probe) else Probe(probe)
                 result = watched(group, result, asked, version.metas, calls, seconds)
-        return self._ended(result, report)
+        return ended(result, report if self.rank == 0 else None)
+
+    def unload_lora(
+        self,
+        lora: str,
+        requests: Sequence[Request],
+        *,
+        timeout: timedelta = timedelta(minutes=2),
+        report: str | os.PathLike[str] | None = None,
+    ) -> Report:
+        """Have the engines let go of a LoRA adapter, all of them or none. Nothing need be gathered.
+
+        Args:
+            lora: what requests call it by.
+            requests: as `engine_requests` makes them.
+            timeout: until every engine is ready, and again for requests that use the adapter.
+            report: file to write the report to, as JSON, on rank 0.
+
+        Raises:
+            UpdateFailed: an engine has no such adapter, say; all serve what they served before.
+        """
+        check_report_file(report)
+        seconds = timeout.total_seconds()
+        calls = lora_calls(lora, requests, Policy(), None, seconds)
+        with self._lock:
+            group = self._group(range(self.world_size))
+            result = unload(group, lora, self._gather(None, self._rendezvous), calls, seconds)
+        return ended(result, report if self.rank == 0 else None)
 
     def rollback(
         self,
@@ -344,12 +375,12 @@ class ParameterServer:
             UpdateFailed: an engine does not keep that version; nothing has changed.
             UsageError: no such version was published.
         """
-        _check_report_file(report)
+        check_report_file(report)
         with self._lock:
             group = self._group(range(self.world_size))
             metas = self._gather(None, self._rendezvous)
             result = roll_back(group, to, metas, Calls.of(req_func), timeout.total_seconds())
-        return self._ended(result, report)
+        return ended(result, report if self.rank == 0 else None)
 
     def join(
         self,
@@ -426,21 +457,6 @@ class ParameterServer:
             store.close()
         self._rendezvous.close()
 
-    def _ended(self, result: Report, file: str | os.PathLike[str] | None) -> Report:
-        if file is not None and self.rank == 0:
-            Path(file).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-        published = any(replica.outcome.startswith("published") for replica in result.replicas)
-        refused = result.reason is not None and result.reason.where == "probe"
-        if result.outcome != "published" or not published or refused:
-            raise UpdateFailed(explain(result), result)
-        return result
-
-    def _chosen(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
-        chosen = tuple(sorted(set(range(self.world_size) if ranks is None else ranks)))
-        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.world_size:
-            raise UsageError(f"ranks {list(chosen)} are not of world size {self.world_size}")
-        return chosen
-
     def _group(self, ranks: Sequence[int]) -> Group:
         """The group of these ranks, of which this is one; it counts its updates."""
         key = tuple(ranks)
@@ -464,15 +480,6 @@ class ParameterServer:
             return [version.sources[rank] for rank in ranks]
         return self._gather(None, group.rendezvous)
 
-    @contextmanager
-    def _leased(self, checkpoint_name: str) -> Iterator[None]:
-        """Keep this rank's shard as it is, whatever is registered or unregistered meanwhile."""
-        if checkpoint_name in self._store.labels:
-            with self._store[checkpoint_name].segment.lease():
-                yield
-        else:
-            yield
-
     def _gathered(self, checkpoint_name: str | None = None) -> Version:
         named_otherwise = checkpoint_name and self._name and checkpoint_name != self._name
         if self._version is None or named_otherwise:
@@ -482,16 +489,7 @@ class ParameterServer:
             )
         return self._version
 
-    def _device_index(self) -> int:
-        local_rank = os.environ.get("LOCAL_RANK", str(self.rank))
-        return int(local_rank) % self._gpu_count if self._gpu_count else int(local_rank)
-
     def _open_registry(self) -> Registry:
         if self._registry is None:
             self._registry = Registry(state_dir() / "registry.sqlite")
         return self._registry
-
-
-def _check_report_file(file: str | os.PathLike[str] | None) -> None:
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise UsageError(f"{file}: the report's folder does not exist")

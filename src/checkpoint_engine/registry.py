@@ -40,6 +40,9 @@ create table if not exists updates (
     report blob
 )
 """
+LORAS = """
+create table if not exists loras (id text primary key, lora text not null)
+"""
 UNFINISHED = """
 create index if not exists unfinished on updates (epoch) where finished_at is null
 """
@@ -51,7 +54,8 @@ Struct = TypeVar("Struct", bound=msgspec.Struct)
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One update as recorded; `outcome` is None while, or because, nobody finished it.
 
-    `owner` names the coordinator's process.
+    `owner` names the coordinator's process. `lora` is what the adapter is called that it was about;
+    None for weights.
     """
 
     id: str
@@ -63,12 +67,14 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     published_at: float | None
     finished_at: float | None
     outcome: str | None
+    lora: str | None
 
 
 class PublishedVersion(msgspec.Struct, frozen=True, kw_only=True):
     """A version that the fleet was brought to, as it was last published.
 
-    `num_bytes` is None if nobody lived to write the report.
+    `num_bytes` is None if nobody lived to write the report. `lora` is what the adapter is called;
+    None for weights. One that was unloaded has no digest.
     """
 
     version: str
@@ -76,6 +82,7 @@ class PublishedVersion(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     published_at: float
     num_bytes: int | None
+    lora: str | None = None
 
 
 def state_dir() -> Path:
@@ -128,6 +135,7 @@ class Registry:
                 "pragma journal_mode = wal",
                 "pragma synchronous = full",
                 SCHEMA,
+                LORAS,
                 UNFINISHED,
             ):
                 self._rows(statement)
@@ -144,8 +152,12 @@ class Registry:
         ((last,),) = self._rows("select coalesce(max(epoch), 0) from updates")
         return max(int(last) + 1, int(time.time() * 1000))
 
-    def start(self, update: str, epoch: int, version: str, digest: str) -> None:
-        """Record that an update is about to begin."""
+    def start(
+        self, update: str, epoch: int, version: str, digest: str, *, lora: str | None = None
+    ) -> None:
+        """Record that an update is about to begin: of weights, or of the LoRA of that name."""
+        if lora is not None:
+            self._change(update, "insert into loras (id, lora) values (?, ?)", update, lora)
         self._change(
             update,
             "insert into updates (id, epoch, version, digest, owner, started_at) "
@@ -195,16 +207,22 @@ class Registry:
         return self._records("order by epoch desc limit ?", limit)
 
     def last_published(self) -> UpdateRecord | None:
-        """The version that the fleet was last brought to."""
-        found = self._records("where published_at is not null order by epoch desc limit ?", 1)
+        """The version that the fleet was last brought to, LoRA adapters aside."""
+        found = self._records(
+            "where published_at is not null and lora is null order by epoch desc limit ?", 1
+        )
         return found[0] if found else None
 
     def versions(self, limit: int = 100) -> list[PublishedVersion]:
-        """The versions published last, each once; the first is what the fleet serves."""
+        """The versions published last, each once.
+
+        The first of weights, and the first of each LoRA, is what the fleet serves.
+        """
         rows = self._rows(
-            "select version, digest, epoch, published_at, json_extract(report, '$.bytes') "
-            "from updates where epoch in (select max(epoch) from updates "
-            "where published_at is not null group by version, digest "
+            "select version, digest, epoch, published_at, json_extract(report, '$.bytes'), lora "
+            "from updates left join loras using (id) where epoch in (select max(epoch) from "
+            "updates left join loras using (id) where published_at is not null "
+            "group by version, digest, lora "
             "order by max(epoch) desc limit ?) order by epoch desc",
             limit,
         )
@@ -217,7 +235,10 @@ class Registry:
 
     def _records(self, where: str, *parameters: object) -> list[UpdateRecord]:
         fields = UpdateRecord.__struct_fields__
-        query = f"select {', '.join(fields)} from updates {where}"  # noqa: S608 - no input in it
+        query = (
+            f"select {', '.join(fields)} from updates "  # noqa: S608 - no input in it
+            f"left join loras using (id) {where}"
+        )
         return self._structs(UpdateRecord, self._rows(query, *parameters))
 
     def _structs(self, kind: type[Struct], rows: list[tuple[Any, ...]]) -> list[Struct]:

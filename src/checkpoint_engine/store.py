@@ -297,6 +297,15 @@ class Store:
             if force:
                 self._free(self._idle_pool())
 
+    @contextmanager
+    def leased(self, label: str) -> Iterator[None]:
+        """Keep a version as it is, if it is here, whatever is registered or unregistered."""
+        if label in self.labels:
+            with self[label].segment.lease():
+                yield
+        else:
+            yield
+
     def close(self) -> None:
         """Forget every version and return all memory, what is leased as soon as it no longer is."""
         with self._lock:

@@ -97,6 +97,10 @@ class VllmColocateWorkerExtension:
         """Finish an update that waits; call it while vLLM is paused."""
         return _vllm_updates(self).finish()
 
+    def ckpt_check_lora(self, folder: str) -> dict[str, Any]:
+        """Whether this worker would take the LoRA adapter in a folder."""
+        return _vllm_updates(self).check_lora(self, folder)
+
 
 def _vllm_updates(worker: VllmColocateWorkerExtension) -> VllmUpdates:
     if worker not in _updates:

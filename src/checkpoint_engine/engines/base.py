@@ -6,16 +6,21 @@ requests, drop caches, show the label. Its answer comes when all of that is over
 
 An engine is one class with these methods. Those of third parties are found by entry points of the
 group `checkpoint_engine.engines`, each a function without arguments that returns one.
+
+LoRA adapters have no session in a worker: an engine that takes them reads them from a folder, and
+has the methods of `LoraEngine`, too, which `adapters.lora` calls in this order:
+
+    check ─► hold ─► load or unload ─► let go
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from checkpoint_engine.engines.endpoint import Endpoint
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "LoraEngine"]
 
 
 class Engine(Protocol):
@@ -49,4 +54,46 @@ class Engine(Protocol):
         Raises:
             AdapterError: it did not take the update, or did not go on as it should afterwards.
         """
+        ...
+
+
+@runtime_checkable
+class LoraEngine(Engine, Protocol):
+    """An engine that takes LoRA adapters while it runs, and shows the path of each.
+
+    Every method raises AdapterError if the engine did not do it; says what it said.
+    """
+
+    def check_lora(
+        self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float
+    ) -> None:
+        """Raise unless it would take the adapter in this folder. What it serves stays as it is."""
+        ...
+
+    def hold_loras(self, endpoint: Endpoint, timeout_seconds: float) -> bool:
+        """Keep requests waiting, if they can wait while an adapter is replaced.
+
+        Returns:
+            Whether `let_go_loras` is due; not if somebody else keeps them waiting.
+        """
+        ...
+
+    def load_lora(self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
+        """Serve the adapter in this folder under this name, in place of what had it before.
+
+        No request that uses it may fail for it, nor end as a mixture of what two adapters have
+        cached. Returns once the engine reads the folder of the one before no more.
+        """
+        ...
+
+    def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
+        """Serve nothing under this name; requests in flight on it end as they began.
+
+        Returns:
+            Whether the engine reads its folder no more.
+        """
+        ...
+
+    def let_go_loras(self, endpoint: Endpoint) -> None:
+        """Let requests go on."""
         ...

@@ -23,6 +23,9 @@ MAX_SAID_CHARACTERS = 2000
 
 class _Model(msgspec.Struct):
     owned_by: str
+    id: str = ""
+    root: str | None = None
+    parent: str | None = None
 
 
 class _Models(msgspec.Struct):
@@ -58,6 +61,14 @@ class Endpoint:
         """The decoded answer to a JSON body, as of `get`; raises likewise."""
         return self._ask("POST", path, body, timeout_seconds)
 
+    def tell(self, path: str, body: object, *, timeout_seconds: float) -> None:
+        """Post where the answer says no more than that it was done, in whatever form.
+
+        Raises:
+            AdapterError: there is none, or it is an error.
+        """
+        self._checked("POST", path, body, timeout_seconds)
+
     def owner(self) -> str:
         """Who owns the server's model, in OpenAI's terms: the kind of engine; "" if it is unsaid.
 
@@ -71,15 +82,35 @@ class Endpoint:
             return ""
         return models[0].owned_by if models else ""
 
+    def loras(self) -> dict[str, str]:
+        """The path of every LoRA adapter that the server shows, by name.
+
+        Raises:
+            AdapterError: it does not answer, or with something else.
+        """
+        answer = self.get("/v1/models")
+        try:
+            models = msgspec.convert(answer, _Models).data
+        except MALFORMED as error:
+            raise AdapterError(f"{self.url}/v1/models: answered {answer!r}: {error}") from error
+        return {model.id: model.root or "" for model in models if model.parent is not None}
+
     def _ask(self, method: str, path: str, body: object, timeout_seconds: float) -> Any:
-        response = self._send(method, path, body, timeout_seconds)
-        said = response.text[:MAX_SAID_CHARACTERS]
-        if response.is_error:
-            raise AdapterError(f"{self.url}{path}: answered {response.status_code}: {said}")
+        response = self._checked(method, path, body, timeout_seconds)
         try:
             return msgspec.json.decode(response.content) if response.content else None
         except MALFORMED as error:
+            said = response.text[:MAX_SAID_CHARACTERS]
             raise AdapterError(f"{self.url}{path}: answered no JSON: {said}") from error
+
+    def _checked(
+        self, method: str, path: str, body: object, timeout_seconds: float
+    ) -> httpx.Response:
+        response = self._send(method, path, body, timeout_seconds)
+        if response.is_error:
+            said = response.text[:MAX_SAID_CHARACTERS]
+            raise AdapterError(f"{self.url}{path}: answered {response.status_code}: {said}")
+        return response
 
     def _send(self, method: str, path: str, body: object, timeout_seconds: float) -> httpx.Response:
         url, token = self.url + path, os.environ.get("CKPT_ENGINE_TOKEN")

@@ -14,9 +14,11 @@ to drop them, although the weights have changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +32,7 @@ __all__ = ["SGLang"]
 DRAIN_SECONDS = 5.0  # unless CKPT_ENGINE_DRAIN_SECONDS says else
 STEP_SECONDS = 60.0  # a step that is under way may be a long one
 POLL_SECONDS = 0.05
+TRIAL = ".ckpt-trial"
 
 
 class _Load(msgspec.Struct):
@@ -75,6 +78,60 @@ class SGLang:
         """By whom its model is owned."""
         return endpoint.owner() == "sglang"
 
+    def check_lora(
+        self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float
+    ) -> None:
+        """It loads it under another name for a moment; room in its memory pool is not needed."""
+        trial = f"{name}{TRIAL}"
+        with contextlib.suppress(AdapterError):  # left by a trial that was killed
+            _unload_lora(endpoint, trial, timeout_seconds)
+        try:
+            _load_lora(endpoint, trial, folder, timeout_seconds)
+        except AdapterError as error:
+            if "LoRA is not enabled" in str(error):
+                raise AdapterError(
+                    f"{endpoint.url} takes no LoRA adapters: start SGLang with --enable-lora, "
+                    "--max-lora-rank and --lora-target-modules"
+                ) from error
+            raise
+        _unload_lora(endpoint, trial, timeout_seconds)
+
+    def hold_loras(self, endpoint: Endpoint, timeout_seconds: float) -> bool:
+        """No: to replace an adapter it waits until those who use it have ended; see `load_lora`."""
+        return False
+
+    def load_lora(self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
+        """Requests in flight end on the adapter before, and new ones for that name wait for it.
+
+        Who comes between its unloading and its loading would load the one before again. So the
+        door is closed until both are in line; if somebody was quicker all the same, once more.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while (shown := endpoint.loras().get(name)) != folder:
+            seconds = deadline - time.monotonic()
+            if seconds < 0:
+                raise AdapterError(
+                    f"{endpoint.url}: {name!r} was not replaced within {timeout_seconds:g} s"
+                )
+            try:
+                if shown is None:
+                    _load_lora(endpoint, name, folder, seconds)
+                else:
+                    _replace_lora(endpoint, name, folder, seconds)
+            except AdapterError as error:
+                if "already loaded" not in str(error):
+                    raise
+
+    def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
+        """Returns once nobody uses it. Unless its folder goes, a request may load it again."""
+        deadline = time.monotonic() + timeout_seconds
+        while name in endpoint.loras():
+            _unload_lora(endpoint, name, max(0.0, deadline - time.monotonic()))
+        return True
+
+    def let_go_loras(self, endpoint: Endpoint) -> None:
+        """Nothing: it was not kept waiting."""
+
     def update(
         self, endpoint: Endpoint, handles: Mapping[str, str], label: str, timeout_seconds: float
     ) -> None:
@@ -108,6 +165,31 @@ def _label(endpoint: Endpoint) -> str:
     info = endpoint.get("/model_info", timeout_seconds=STEP_SECONDS)
     label: str = _read(endpoint, info, _Info).weight_version
     return label
+
+
+def _load_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
+    body = {"lora_name": name, "lora_path": folder}
+    endpoint.post("/load_lora_adapter", body, timeout_seconds=timeout_seconds)
+
+
+def _unload_lora(endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
+    endpoint.post("/unload_lora_adapter", {"lora_name": name}, timeout_seconds=timeout_seconds)
+
+
+def _replace_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
+    """SGLang does one after the other, and each only when nobody uses the adapter any more."""
+    with ThreadPoolExecutor(2) as pool:
+        endpoint.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=STEP_SECONDS)
+        try:
+            unloading = pool.submit(_unload_lora, endpoint, name, timeout_seconds)
+            while name in endpoint.loras() and not unloading.done():
+                time.sleep(POLL_SECONDS)
+            loading = pool.submit(_load_lora, endpoint, name, folder, timeout_seconds)
+            time.sleep(POLL_SECONDS)
+        finally:
+            endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+        unloading.result()
+        loading.result()
 
 
 def _drain(endpoint: Endpoint, seconds: float) -> None:

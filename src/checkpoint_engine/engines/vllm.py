@@ -24,6 +24,7 @@ __all__ = ["Vllm"]
 EXTENSION = "checkpoint_engine.worker.VllmColocateWorkerExtension"
 POLL_SECONDS = 0.03
 STEP_SECONDS = 60.0  # a step that is under way may be a long one
+LOAD_LORA, UNLOAD_LORA = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 RESET_CACHE = "/reset_prefix_cache?reset_running_requests=true&reset_external=true"
 
 
@@ -49,6 +50,41 @@ class Vllm:
         """By whom its model is owned."""
         return endpoint.owner() == "vllm"
 
+    def check_lora(
+        self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float
+    ) -> None:
+        """Every worker tries it; requests wait for that no longer than vLLM takes to load it."""
+        _check_takes_loras(endpoint)
+        workers = _call(endpoint, "ckpt_check_lora", [folder], timeout_seconds)
+        if any(worker.error for worker in workers):
+            raise AdapterError(_explain(endpoint, workers))
+
+    def hold_loras(self, endpoint: Endpoint, timeout_seconds: float) -> bool:
+        """Requests in flight wait, and go on afterwards; see `load_lora`."""
+        is_held = _is_held(endpoint)
+        _pause(endpoint)
+        return not is_held
+
+    def load_lora(self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
+        """What was cached, also by requests in flight, is computed again under the new adapter.
+
+        Requests keep the path that they came with, and vLLM caches under that; so a version that
+        comes back would find what they have cached under another.
+        """
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+        endpoint.tell(LOAD_LORA, body, timeout_seconds=timeout_seconds)
+        _reset_prefix_cache(endpoint)
+
+    def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
+        """Requests in flight go on with it, and may have it read again if it must make room."""
+        body = {"lora_name": name}
+        endpoint.tell(UNLOAD_LORA, body, timeout_seconds=timeout_seconds)
+        return False
+
+    def let_go_loras(self, endpoint: Endpoint) -> None:
+        """Resume."""
+        endpoint.post("/resume", timeout_seconds=STEP_SECONDS)
+
     def update(
         self, endpoint: Endpoint, handles: Mapping[str, str], label: str, timeout_seconds: float
     ) -> None:
@@ -70,8 +106,11 @@ class Vllm:
         _check(endpoint, workers)
 
 
-def _check_started_for_this(endpoint: Endpoint) -> None:
-    """Unknown methods must not be called: with more than one worker, that garbles later answers."""
+def _check_started_for_this(endpoint: Endpoint) -> Any:
+    """What it says of itself; raises unless it can be updated.
+
+    Unknown methods must not be called: with more than one worker, that garbles later answers.
+    """
     try:
         info = endpoint.get("/server_info?config_format=json", timeout_seconds=STEP_SECONDS)
     except AdapterError as error:
@@ -84,6 +123,17 @@ def _check_started_for_this(endpoint: Endpoint) -> None:
         raise AdapterError(
             f"{endpoint.url} has the worker extension {extension!r}: start vLLM with "
             f"--worker-extension-cls {EXTENSION}"
+        )
+    return info
+
+
+def _check_takes_loras(endpoint: Endpoint) -> None:
+    info = _check_started_for_this(endpoint)
+    may_load = info["vllm_env"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
+    if info["vllm_config"]["lora_config"] is None or not may_load:
+        raise AdapterError(
+            f"{endpoint.url} takes no LoRA adapters: start vLLM with --enable-lora, "
+            "--max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         )
 
 
@@ -133,10 +183,14 @@ def _finish(endpoint: Endpoint, timeout_seconds: float) -> list[_Worker]:
 
 def _show(endpoint: Endpoint, label: str) -> None:
     """What requests in flight had cached is computed again, under the new weights."""
-    if not endpoint.post(RESET_CACHE, timeout_seconds=STEP_SECONDS)["success"]:
-        raise AdapterError(f"{endpoint.url} keeps its prefix cache; it stays paused")
+    _reset_prefix_cache(endpoint)
     endpoint.post("/reset_encoder_cache", timeout_seconds=STEP_SECONDS)
     endpoint.post("/update_weight_version", {"new_version": label})
+
+
+def _reset_prefix_cache(endpoint: Endpoint) -> None:
+    if not endpoint.post(RESET_CACHE, timeout_seconds=STEP_SECONDS)["success"]:
+        raise AdapterError(f"{endpoint.url} keeps its prefix cache; it stays paused")
 
 
 def _call(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from checkpoint_engine.plan.layout import TensorSpec, share
 from checkpoint_engine.sources.base import Source
 from checkpoint_engine.sources.files import TensorFiles
+from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.sources.safetensors import SafetensorsSource, safetensors_files
 from checkpoint_engine.sources.tensors import TensorSource
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GatheredSource",
     "JoinedSource",
+    "LoraSource",
     "SafetensorsSource",
     "Share",
     "Source",

@@ -21,7 +21,16 @@ from pathlib import Path
 
 from checkpoint_engine.errors import HandoverError
 
-__all__ = ["SCHEME", "check_peer", "connect", "listen", "own_host", "peer_name", "socket_dir"]
+__all__ = [
+    "SCHEME",
+    "check_peer",
+    "connect",
+    "listen",
+    "own_host",
+    "peer_name",
+    "private_folder",
+    "socket_dir",
+]
 
 SCHEME = "ipc://"
 MAX_PATH_BYTES = 100
@@ -44,24 +53,37 @@ def socket_dir() -> Path:
         folder = Path(runtime) / "ckpt-engine"
     else:
         folder = Path(tempfile.gettempdir()) / f"ckpt-engine-{os.getuid()}"
+    private_folder(folder, "CKPT_ENGINE_SOCKET_DIR")
+    if len(os.fsencode(folder)) + len("/0123456789abcdef") > MAX_PATH_BYTES:
+        raise HandoverError(f"{folder}: the path is too long; set CKPT_ENGINE_SOCKET_DIR")
+    return folder
+
+
+def private_folder(folder: Path, variable: str) -> None:
+    """Make a folder that is this user's alone, unless it is there.
+
+    Args:
+        folder: its path.
+        variable: of the environment, where users choose another.
+
+    Raises:
+        HandoverError: it is a symlink, another user's, or open to others.
+    """
     try:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700, parents=True)
         status = folder.lstat()
     except OSError as error:
         raise HandoverError(
-            f"{folder}: cannot be made: {error.strerror}; set CKPT_ENGINE_SOCKET_DIR"
+            f"{folder}: cannot be made: {error.strerror}; set {variable}"
         ) from error
     if not stat.S_ISDIR(status.st_mode):
-        raise HandoverError(f"{folder}: is a symlink or no folder; set CKPT_ENGINE_SOCKET_DIR")
+        raise HandoverError(f"{folder}: is a symlink or no folder; set {variable}")
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise HandoverError(
             f"{folder}: belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}; "
-            "it must be your own with mode 700, or set CKPT_ENGINE_SOCKET_DIR"
+            f"it must be your own with mode 700, or set {variable}"
         )
-    if len(os.fsencode(folder)) + len("/0123456789abcdef") > MAX_PATH_BYTES:
-        raise HandoverError(f"{folder}: the path is too long; set CKPT_ENGINE_SOCKET_DIR")
-    return folder
 
 
 def own_host() -> str:

@@ -67,7 +67,7 @@ def _target(group: Group, label: str | None) -> PublishedVersion:
     """What to return to; every rank asks, as they may share no registry but the first one's."""
     chosen: bytes = b""
     if group.rendezvous.rank == 0:
-        versions = group.registry().versions()
+        versions = [v for v in group.registry().versions() if v.lora is None]
         found = [v for v in versions if v.version == label] if label else versions[1:2]
         chosen = msgspec.msgpack.encode(found[:1])
     chosen = group.rendezvous.gather("rollback", chosen, MEET_SECONDS)[0]

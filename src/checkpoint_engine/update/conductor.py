@@ -101,6 +101,7 @@ class Conductor:
     registry: Callable[[], Registry]
     parent: str | None = None
     base: str | None = None
+    lora: str | None = None
     scope: Rendezvous = field(init=False)
     received: Segment | None = field(init=False, default=None)
     _events: _Outbox = field(init=False)
@@ -150,9 +151,11 @@ class Conductor:
             update=f"{epoch}-{number}",
             epoch=epoch,
             version=VersionName(label=self.label, digest=digest, parent=self.parent),
-            deadlines=Deadlines.of(self.timeout_seconds, num_bytes, mode=self.version.mode),
+            deadlines=Deadlines.of(
+                self.timeout_seconds, num_bytes, mode=self.version.mode, is_lora=bool(self.lora)
+            ),
         )
-        registry.start(start.update, epoch, self.label, digest)
+        registry.start(start.update, epoch, self.label, digest, lora=self.lora)
         opening = Opening(
             update=start.update,
             epoch=epoch,
@@ -163,6 +166,7 @@ class Conductor:
             base=self.base,
             mode=self.version.mode,
             why=self.version.why,
+            lora=self.lora,
         )
         thread = threading.Thread(
             target=_coordinate,

@@ -53,8 +53,8 @@ VOTES_DUE = {
 class Opening:
     """What an update sets out to do.
 
-    `base`: digest of the version that every replica must serve; None if any will do. `mode` and
-    `why` are for the report.
+    `base`: digest of the version that every replica must serve; None if any will do. `mode`,
+    `why` and `lora` are for the report.
     """
 
     update: str
@@ -66,6 +66,7 @@ class Opening:
     base: str | None = None
     mode: str = "staged"
     why: str = ""
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -475,6 +476,7 @@ class Coordinator:
             base=opening.version.parent,
             mode=opening.mode,
             why=opening.why,
+            lora=opening.lora,
             outcome=self._outcome,
             bytes=opening.num_bytes,
             bytes_sent=self._bytes_sent,

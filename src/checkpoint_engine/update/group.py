@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import msgspec
 
+from checkpoint_engine.errors import UsageError
 from checkpoint_engine.registry import Registry
 from checkpoint_engine.store import Store
 from checkpoint_engine.transport.collective import Collective
@@ -26,7 +27,7 @@ from checkpoint_engine.update.shelf import Description, Shelf, Survey, ask, surv
 from checkpoint_engine.update.streaming import why_streamed
 from checkpoint_engine.update.versions import RankMeta, Version
 
-__all__ = ["Group"]
+__all__ = ["Group", "chosen_of"]
 
 SURVEY_SECONDS = 120.0
 
@@ -67,6 +68,7 @@ class Group:
         timeout_seconds: float,
         policy: Policy | None = None,
         base: str | None = None,
+        lora: str | None = None,
     ) -> Report:
         """Take part in one update; every rank of the group calls it, and gets the same report."""
         # The last update's keys may still be read by a slow rank; those before it, by nobody.
@@ -83,13 +85,14 @@ class Group:
             policy=policy or Policy(),
             timeout_seconds=timeout_seconds,
             registry=self.registry,
-            parent=self._published,
+            parent=None if lora else self._published,
             base=base,
+            lora=lora,
         )
         try:
             with self._shelf.updating():
                 result = conductor.run(self._num_updates, calls)
-                if result.outcome == "published":
+                if result.outcome == "published" and lora is None:
                     self._published = result.digest
                     self._shelf.keep(label, version, self.rendezvous.rank, conductor.received)
         finally:
@@ -137,3 +140,11 @@ class Group:
         if self._collective is None or self._collective.size != len(hosts.names):
             self._collective = Collective(self.rendezvous, index=host, size=len(hosts.names))
         return self._collective
+
+
+def chosen_of(ranks: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
+    """The ranks of a group, in order; all if none are named. Raises UsageError if one is none."""
+    chosen = tuple(sorted(set(range(world_size) if ranks is None else ranks)))
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < world_size:
+        raise UsageError(f"ranks {list(chosen)} are not of world size {world_size}")
+    return chosen

@@ -14,8 +14,25 @@ from typing import Any
 import msgspec
 
 from checkpoint_engine.errors import MALFORMED, ManifestError, UsageError
+from checkpoint_engine.update.versions import RankMeta
 
-__all__ = ["load_metas_file", "save_metas_file"]
+__all__ = ["decode_metas", "load_metas_file", "save_metas_file"]
+
+
+def decode_metas(metas: Mapping[int, Any] | Mapping[str, Any]) -> list[RankMeta]:
+    """What `ParameterServer.get_metas` gave, in the order of ranks.
+
+    Raises:
+        ManifestError: it is malformed, or not of all ranks.
+    """
+    try:
+        by_rank = msgspec.convert(metas, dict[int, RankMeta], strict=False)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        raise ManifestError(f"not what get_metas gives: {error}") from error
+    decoded = [by_rank[rank] for rank in sorted(by_rank)]
+    if [meta.rank for meta in decoded] != list(range(len(decoded))):
+        raise ManifestError(f"these are the metas of ranks {sorted(by_rank)}: some are missing")
+    return decoded
 
 
 def save_metas_file(file: str | os.PathLike[str], metas: Mapping[int, Any]) -> None:

@@ -88,13 +88,23 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
         return 1.25 * self.pause_seconds
 
     @classmethod
-    def of(cls, timeout_seconds: float, num_bytes: int, *, mode: str = "staged") -> Deadlines:
+    def of(
+        cls,
+        timeout_seconds: float,
+        num_bytes: int,
+        *,
+        mode: str = "staged",
+        is_lora: bool = False,
+    ) -> Deadlines:
         """Deadlines within a user's timeout.
 
-        No pause is longer than ten seconds and 0.5 GB/s, or 0.1 GB/s where a disk may be read.
+        No pause is longer than ten seconds and 0.5 GB/s, or 0.1 GB/s where a disk may be read. A
+        LoRA adapter may have to wait for requests that use the one before.
         """
         bytes_per_second = 0.5e9 if mode == "staged" else 0.1e9
         pause_seconds = min(timeout_seconds, 10 + num_bytes / bytes_per_second)
+        if is_lora:
+            pause_seconds = timeout_seconds
         return cls(
             ready_seconds=timeout_seconds,
             pause_seconds=pause_seconds,
@@ -308,7 +318,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `outcome`: "published", "rolled_back" (weights had changed and were changed back), "aborted"
     (none had), or, on a rank that is not among those that update, "not_taking_part". `degraded`
     names followers that failed. `verified` is True when every
-    published replica recomputed the version's digest from its live parameters.
+    published replica recomputed the version's digest from its live parameters. `lora` is what the
+    adapter is called that this was about; None for weights.
     """
 
     update: str
@@ -328,6 +339,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     reason: RemoteError | None = None
     spans: tuple[Span, ...] = ()
     why: str = ""
+    lora: str | None = None
 
     @classmethod
     def not_taking_part(cls, version: str) -> Report:

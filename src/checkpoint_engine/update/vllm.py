@@ -95,6 +95,16 @@ class VllmUpdates:
         begun = self.begin(handles)
         return begun if begun["error"] else self._answer(lambda: self._finish(at_once=True))
 
+    def check_lora(self, worker: Any, folder: str) -> dict[str, Any]:
+        """Whether vLLM's worker would take the LoRA adapter in a folder."""
+        return self._answer(lambda: self._try_lora(worker, folder))
+
+    def _try_lora(self, worker: Any, folder: str) -> Progress:
+        from checkpoint_engine.adapters.vllm_lora import LoraTrial  # which imports vllm
+
+        LoraTrial(worker.model_runner.lora_manager).run(folder)
+        return Progress(rank=self._target.rank, state="waiting")
+
     def _answer(self, act: Callable[[], Progress]) -> dict[str, Any]:
         try:
             progress = act()
