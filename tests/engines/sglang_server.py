@@ -55,10 +55,12 @@ class SGLangServer(EngineServer):
             command.append("--skip-tokenizer-init")
         super().__init__(command, log, {**SERVER_VARIABLES, **variables})
 
-    def generate(self, num_tokens: int = 16, prompt: Sequence[int] = PROMPT) -> list[int]:
-        """Greedy tokens after a prompt."""
+    def generate(
+        self, num_tokens: int = 16, prompt: Sequence[int] = PROMPT, lora: str | None = None
+    ) -> list[int]:
+        """Greedy tokens after a prompt, by a LoRA adapter if one is named."""
         sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
-        body = {"input_ids": list(prompt), "sampling_params": sampling}
+        body = {"input_ids": list(prompt), "sampling_params": sampling, "lora_path": lora}
         return list(self.post("/generate", body)["output_ids"])
 
     @property

@@ -90,15 +90,19 @@ class VllmServer(EngineServer):
         body = {"method": method, "args": list(args)}
         return list(self.post("/collective_rpc", body)["results"])
 
-    def generate(self, num_tokens: int = 16, prompt: Sequence[int] = PROMPT) -> list[int]:
-        """Greedy tokens after a prompt."""
-        choice = self.post("/v1/completions", completion(num_tokens, prompt))["choices"][0]
-        return list(choice["token_ids"])
+    def generate(
+        self, num_tokens: int = 16, prompt: Sequence[int] = PROMPT, model: str = "m"
+    ) -> list[int]:
+        """Greedy tokens after a prompt; a LoRA adapter is asked for as a model."""
+        body = completion(num_tokens, prompt) | {"model": model}
+        return list(self.post("/v1/completions", body)["choices"][0]["token_ids"])
 
     @contextmanager
-    def generating(self, num_tokens: int, prompt: Sequence[int] = PROMPT) -> Iterator[Stream]:
+    def generating(
+        self, num_tokens: int, prompt: Sequence[int] = PROMPT, model: str = "m"
+    ) -> Iterator[Stream]:
         """A request whose tokens are read as they come."""
-        body = {**completion(num_tokens, prompt), "stream": True}
+        body = {**completion(num_tokens, prompt), "stream": True, "model": model}
         with self.client.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
             yield Stream(answer)

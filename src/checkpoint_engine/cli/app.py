@@ -20,6 +20,7 @@ from checkpoint_engine.cli import (
     doctor,
     history,
     join,
+    lora,
     replica,
     status,
     update,
@@ -91,3 +92,4 @@ def _options(
 
 for _command in COMMANDS:
     app.command()(_command)
+app.add_typer(lora.lora)

@@ -110,8 +110,9 @@ def show_report(result: Report, *, as_json: bool) -> None:
         )
     out.print(table)
     stages = ", ".join(f"{name} {1000 * s:.1f}" for name, s in result.seconds.items())
+    adapter = f"adapter {printable(result.lora)}: " if result.lora else ""
     out.print(
-        f"{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB "
+        f"{adapter}{printable(result.version)} {result.outcome}: {result.bytes / 1e6:.1f} MB "
         f"{result.mode}{f' ({result.why})' if result.why else ''}, digest "
         f"{result.digest[:16]}, {'verified' if result.verified else 'verified where staged'}; "
         f"ms: {stages}",

@@ -36,15 +36,18 @@ def versions(
     if as_json:
         print_json(found)
         return
-    table = new_table("", "version", "digest", "published", "size")
-    for number, one in enumerate(found):
+    table = new_table("", "version", "adapter", "digest", "published", "size")
+    served: set[str | None] = set()
+    for one in found:
         table.add_row(
-            "→" if number == 0 else "",
+            "" if one.lora in served else "→",
             printable(one.version),
-            one.digest[:16],
+            printable(one.lora or "-"),
+            one.digest[:16] or "-",
             datetime.fromtimestamp(one.published_at).strftime("%Y-%m-%d %H:%M:%S"),
             "-" if one.num_bytes is None else f"{one.num_bytes / 1e6:.1f} MB",
         )
+        served.add(one.lora)
     out.print(table)
 
 
