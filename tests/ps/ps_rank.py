@@ -18,7 +18,7 @@ from ps_tools import DEVICE, Handles, digests, large_version, version
 from checkpoint_engine.calls import engine_requests
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
-from checkpoint_engine.sources import SafetensorsSource, Share, safetensors_files
+from checkpoint_engine.sources import LoraSource, SafetensorsSource, Share, safetensors_files
 from checkpoint_engine.startup import CkptEngineConnector
 from checkpoint_engine.transport.peer import Range, Way
 from checkpoint_engine.transport.rendezvous import Log
@@ -220,6 +220,16 @@ class Rank:
 
         requests = engine_requests(endpoints, rank=0, world_size=1, timeout_seconds=60)
         return self._outcome(name, [*requests, *[announce] * others], 60.0)
+
+    def update_lora(self, folder: str, endpoints: list[str], lora: str) -> dict[str, Any]:
+        """An adapter that the first rank alone has, to the engine of each."""
+        assert self.server is not None
+        rank, world_size = self.server.rank, self.server.world_size
+        if rank == 0:
+            self.server.register_source(folder, LoraSource.of_folder(folder))
+        self.server.gather_metas(folder)
+        requests = engine_requests(endpoints, rank=rank, world_size=world_size)
+        return self._outcome(folder, list(requests), 30.0, lora=lora)
 
     def read_slowly(self, seconds: float) -> None:
         """Hear of every decision a little later than the others."""

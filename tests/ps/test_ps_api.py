@@ -78,6 +78,7 @@ ANY = object()
                 "min_replicas": 1,
                 "require_rollback": False,
                 "base": None,
+                "lora": None,
                 "probe": None,
                 "report": None,
             },

@@ -114,10 +114,9 @@ class SGLang:
                     f"{endpoint.url}: {name!r} was not replaced within {timeout_seconds:g} s"
                 )
             try:
-                if shown is None:
-                    _load_lora(endpoint, name, folder, seconds)
-                else:
-                    _replace_lora(endpoint, name, folder, seconds)
+                bring = _load_lora if shown is None else _replace_lora
+                bring(endpoint, name, folder, seconds)
+                break
             except AdapterError as error:
                 if "already loaded" not in str(error):
                     raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_server import environment, tensors_of
+from lora_tools import bring_lora, make_lora
 from sglang_server import SGLangServer
 from sglang_tools import bring, look, requests_to
 
@@ -146,3 +147,11 @@ def test_a_request_past_the_deadline_goes_on_under_the_new_weights(
     thread.join()
     assert len(tokens) == 480, "nobody's request was lost"
     assert at_one.generate() == fresh(2), "nothing of the old cache was left"
+
+
+def test_started_without_adapters_it_takes_none_and_says_what_it_lacks(
+    ps: ParameterServer, at_one: SGLangServer, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    folder = make_lora(tmp_path / "lora", checkpoints[1], seed=0)
+    with pytest.raises(UpdateFailed, match="start SGLang with --enable-lora"):
+        bring_lora(ps, [at_one], "lora", folder, "helper")

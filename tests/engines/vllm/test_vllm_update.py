@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_server import damage, environment, save_tensors, tensors_of
+from lora_tools import bring_lora, make_lora
 from vllm_server import PROMPT, VllmServer, weights_of
 from vllm_tools import Fresh, lacking, update
 
@@ -259,3 +260,11 @@ def test_misuse_is_answered_with_data(server: VllmServer) -> None:
     assert answer["error"]
     with pytest.raises(AdapterError, match="no handle for device"):
         request_inference_to_update(f"{server.url}/collective_rpc", {})
+
+
+def test_started_without_adapters_it_takes_none_and_says_what_it_lacks(
+    ps: ParameterServer, server: VllmServer, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    folder = make_lora(tmp_path / "lora", checkpoints[0], seed=0)
+    with pytest.raises(UpdateFailed, match="start vLLM with --enable-lora"):
+        bring_lora(ps, [server], "lora", folder, "helper")
