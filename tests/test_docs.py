@@ -75,7 +75,10 @@ def test_commands_in_the_documents_exist() -> None:
     lines = re.findall(r"^ckpt-engine (\w+)(.*)$", text, re.MULTILINE)
     assert {"replica", "update", "status", "rollback", "verify", "diff"} <= {n for n, _ in lines}
     for name, arguments in lines:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):  # a group: the next word is the command
+            command = command.commands[arguments.split()[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", arguments)) <= known
 
 
