@@ -28,6 +28,7 @@ if _TYPE_CHECKING:
     )
     from checkpoint_engine.manifest import Manifest, TensorMeta, Version
     from checkpoint_engine.ps import ParameterServer
+    from checkpoint_engine.sources.lora_adapter import LoraSource
     from checkpoint_engine.streaming import (
         CheckpointEngine,
         GlooCheckpointEngine,
@@ -50,6 +51,7 @@ __all__ = [
     "GlooCheckpointEngine",
     "HCCLCheckpointEngine",
     "HandoverError",
+    "LoraSource",
     "Manifest",
     "ManifestError",
     "NCCLCheckpointEngine",
@@ -86,6 +88,7 @@ _HOMES = {
     "RayCheckpointEngine": "streaming",
     "SharedMemoryCheckpointEngine": "streaming",
     "StreamReport": "streaming",
+    "LoraSource": "sources.lora_adapter",
     "Manifest": "manifest",
     "ParameterServer": "ps",
     "Probe": "update.probe",

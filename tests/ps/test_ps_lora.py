@@ -14,7 +14,7 @@ from ps_lora_engine import CONFIG, LoraEngine, lora_tensors, save_lora, serving
 from ps_tools import rank_processes
 
 from checkpoint_engine.calls import engine_requests
-from checkpoint_engine.errors import SourceError, UpdateFailed, UsageError
+from checkpoint_engine.errors import SourceError, TransferError, UpdateFailed, UsageError
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.registry import Registry, state_dir
 from checkpoint_engine.sources import LoraSource
@@ -351,3 +351,13 @@ def test_ranks_vote_as_one_each_for_its_own_engine(
         outcomes = call_all(ranks, "update_lora", folder=folder, endpoints=urls, lora="helper")
         assert ["it does not fit" in outcome["error"] for outcome in outcomes] == [True] * 2
         assert serve_same(pair, 2)
+
+
+def test_new_engines_are_not_brought_to_an_adapter_as_if_it_were_weights(
+    server: ParameterServer, pair: list[LoraEngine], make_server: Callable[..., ParameterServer]
+) -> None:
+    server.register_source("adapter", LoraSource.of_tensors(lora_tensors(1), CONFIG))
+    server.gather_metas("adapter")
+    server.update("adapter", requests_to(pair), lora="helper")
+    with pytest.raises(TransferError, match="no version that its peers could read"):
+        make_server().join(server.get_metas(), requests_to(pair))

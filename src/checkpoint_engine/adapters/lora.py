@@ -134,6 +134,8 @@ class LoraAdapter:
         """Remove the version before, unless requests in flight may still need it."""
         if self._before is not None and self._may_go:
             self._remove(Path(self._before), still_shown=str(self._folder))
+        elif self._before is not None and self._folders.digest_of(self._before):
+            self._folders.retire(Path(self._before))
         if self._folder is None and self._name in self._endpoint.loras():
             # A request has had it loaded again, which none can from now on.
             self._serve(None)

@@ -38,6 +38,7 @@ FILES = {CONFIG_NAME, TENSORS_NAME}
 KEPT_SECONDS = 3600.0  # what requests in flight may still need after an unload
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
+FOLDER = re.compile(r"\.?[0-9a-f]+")
 
 
 def check_name(name: str) -> None:
@@ -130,11 +131,17 @@ class LoraFolders:
             raise VerificationError(f"{folder}: its files have changed; they are of {digest}")
 
     def remove(self, folder: Path) -> None:
-        """Remove one folder, if it is there."""
-        if folder.parent.parent != self._root or not folder.exists():
+        """Remove one folder, if it is there and one of these, whatever an engine says it is."""
+        named = NAME.fullmatch(folder.parent.name) and FOLDER.fullmatch(folder.name)
+        if folder.parent.parent != self._root or not named or not folder.exists():
             return
         folder.chmod(0o700)
         shutil.rmtree(folder, ignore_errors=True)  # what is left is swept later
+
+    def retire(self, folder: Path) -> None:
+        """Leave a folder, for an hour, to requests in flight."""
+        with contextlib.suppress(OSError):  # it may be gone, or none of these
+            os.utime(folder)
 
     def sweep(self, shown: set[str]) -> None:
         """Remove what no engine shows, and nobody has touched for an hour."""
