@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from engine_server import ROOT
 from lora_tools import TARGETS, bring_lora, make_lora, unload_lora
 from sglang_server import SGLangServer
 from sglang_tools import bring
@@ -22,6 +24,11 @@ OPTIONS = (
     "--enable-lora", "--lora-backend", "torch_native", "--max-lora-rank", "8",
     "--lora-target-modules", *TARGETS,
 )  # fmt: skip
+WITHOUT_PINNING = {
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT / "src"), str(Path(__file__).parent / "without_pinning")]
+    )
+}
 LONG = 300
 
 Tokens = dict["int | None", list[int]]
@@ -38,7 +45,9 @@ def expected(python: Path, checkpoints: list[Path], loras: list[Path], logs: Pat
     """By adapter (None: none), the tokens of a server that was started with them."""
     paths = [f"{n}={folder}" for n, folder in enumerate(loras)]
     options = (*OPTIONS, "--lora-paths", *paths)
-    with SGLangServer(python, checkpoints[0], logs / "started-with", *options) as server:
+    with SGLangServer(
+        python, checkpoints[0], logs / "started-with", *options, **WITHOUT_PINNING
+    ) as server:
         server.wait_for("/ready", 200)
         tokens: Tokens = {n: server.generate(lora=f"{n}") for n in range(2)}
         tokens[None] = server.generate()
@@ -57,7 +66,9 @@ def server(
     folder = tmp_path_factory.mktemp("served") / "loras"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPT_ENGINE_LORA_DIR", str(folder))
-        with SGLangServer(python, checkpoints[0], logs / "lora", *OPTIONS) as server:
+        with SGLangServer(
+            python, checkpoints[0], logs / "lora", *OPTIONS, **WITHOUT_PINNING
+        ) as server:
             server.wait_for("/ready", 200)
             yield server
 
