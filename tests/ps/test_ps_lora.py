@@ -361,3 +361,23 @@ def test_new_engines_are_not_brought_to_an_adapter_as_if_it_were_weights(
     server.update("adapter", requests_to(pair), lora="helper")
     with pytest.raises(TransferError, match="no version that its peers could read"):
         make_server().join(server.get_metas(), requests_to(pair))
+
+
+def test_two_updates_of_one_engine_do_not_undo_each_other(
+    server: ParameterServer, pair: list[LoraEngine], make_server: Callable[..., ParameterServer]
+) -> None:
+    other = make_server()
+    refused: list[str] = []
+
+    def meanwhile(engine: LoraEngine, name: str, folder: Path) -> None:
+        engine.on_load = None
+        with pytest.raises(UpdateFailed, match="adapters is under way; try again later"):
+            bring(other, pair[:1], 2)
+        refused.append(name)
+
+    pair[0].on_load = meanwhile
+    bring(server, pair, 1)
+    assert refused == ["helper"]
+    assert serve_same(pair, 1)
+    bring(other, pair, 2)
+    assert serve_same(pair, 2)

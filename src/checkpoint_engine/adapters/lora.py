@@ -9,7 +9,7 @@ session runs beside the rank that calls the engine, and each step is a question 
 What an engine shows is a path, and the path names the digest, so that what it serves is asked for,
 never remembered.
 
-    adapter = LoraAdapter(engine, endpoint, "helper", timeout_seconds=60)
+    adapter = LoraAdapter(engine, endpoint, "helper", folders, timeout_seconds=60)
     outcome = session.run(handle, adapter, Attachments(keep_maps=False))
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from checkpoint_engine.adapters.base import Content, Identity, Served
-from checkpoint_engine.adapters.lora_folders import LoraFolders, check_name
+from checkpoint_engine.adapters.lora_folders import LoraFolders
 from checkpoint_engine.engines.base import LoraEngine
 from checkpoint_engine.engines.endpoint import Endpoint
 from checkpoint_engine.errors import AdapterError, VerificationError
@@ -42,24 +42,25 @@ class LoraAdapter:
         engine: the engine's kind.
         endpoint: where it listens.
         name: what requests call the LoRA by.
+        folders: this engine's, locked.
         timeout_seconds: for each step of the engine's.
-
-    Raises:
-        UsageError: the name is a path.
-        HandoverError: the folder for folders is not this user's alone.
     """
 
     epoch = 0
     undecided: str | None = None
 
     def __init__(
-        self, engine: LoraEngine, endpoint: Endpoint, name: str, timeout_seconds: float
+        self,
+        engine: LoraEngine,
+        endpoint: Endpoint,
+        name: str,
+        folders: LoraFolders,
+        timeout_seconds: float,
     ) -> None:
-        check_name(name)
         self.identity = Identity(replica=endpoint.url, engine=endpoint.url)
         self._engine, self._endpoint, self._name = engine, endpoint, name
         self._timeout_seconds = timeout_seconds
-        self._folders = LoraFolders.of_engine(endpoint.url)
+        self._folders = folders
         self._before: str | None = None
         self._folder: Path | None = None  # None to unload
         self._may_go = True

@@ -15,6 +15,7 @@ folder stays as long as an engine may need it, whoever wrote it. Each engine has
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -22,10 +23,17 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint_engine.adapters.base import Content
-from checkpoint_engine.errors import SourceError, StoreError, UsageError, VerificationError
+from checkpoint_engine.errors import (
+    SourceError,
+    StoreError,
+    UpdateRefused,
+    UsageError,
+    VerificationError,
+)
 from checkpoint_engine.manifest import CHUNK_BYTES, TensorMeta
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME, TENSORS_NAME, LoraSource
 from checkpoint_engine.store import digest_in_place
@@ -72,6 +80,23 @@ class LoraFolders:
         top = Path(configured).absolute() if configured else shared_memory
         private_folder(top, VARIABLE)
         return cls(top / hashlib.sha256(engine.encode()).hexdigest()[:12])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other updates of this engine's adapters away, until this process ends at most.
+
+        Raises:
+            UpdateRefused: one is under way.
+        """
+        self._root.mkdir(mode=0o700, exist_ok=True)
+        with (self._root / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UpdateRefused(
+                    "another update of this engine's LoRA adapters is under way; try again later"
+                ) from error
+            yield
 
     def digest_of(self, path: str | None) -> str | None:
         """Which version a path that an engine shows is; None if it is none of these folders."""

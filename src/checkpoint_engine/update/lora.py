@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint_engine.adapters.lora import UNLOADED, LoraAdapter
-from checkpoint_engine.adapters.lora_folders import check_name
+from checkpoint_engine.adapters.lora_folders import LoraFolders, check_name
 from checkpoint_engine.calls import EngineRequest
 from checkpoint_engine.engines.base import LoraEngine
 from checkpoint_engine.errors import AdapterError, UsageError
@@ -51,8 +51,10 @@ class _LoraRequest:
                 "those of vllm and sglang do"
             )
         (_, handle), *_ = handles[self.request.ranks]
-        adapter = LoraAdapter(engine, endpoint, self.name, self.timeout_seconds)
-        outcome = session.run(handle, adapter, Attachments(keep_maps=False))
+        folders = LoraFolders.of_engine(endpoint.url)
+        adapter = LoraAdapter(engine, endpoint, self.name, folders, self.timeout_seconds)
+        with folders.locked():
+            outcome = session.run(handle, adapter, Attachments(keep_maps=False))
         if outcome.error is not None:
             raise AdapterError(f"LoRA adapter {self.name!r} is {outcome.state}: {outcome.error}")
 
