@@ -33,6 +33,7 @@ DRAIN_SECONDS = 5.0  # unless CKPT_ENGINE_DRAIN_SECONDS says else
 STEP_SECONDS = 60.0  # a step that is under way may be a long one
 POLL_SECONDS = 0.05
 TRIAL = ".ckpt-trial"
+DOOR_SECONDS = 2.0
 
 
 class _Load(msgspec.Struct):
@@ -181,7 +182,8 @@ def _replace_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: f
         endpoint.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=STEP_SECONDS)
         try:
             unloading = pool.submit(_unload_lora, endpoint, name, timeout_seconds)
-            while name in endpoint.loras() and not unloading.done():
+            deadline = time.monotonic() + DOOR_SECONDS  # somebody else's may be in line before
+            while name in endpoint.loras() and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             loading = pool.submit(_load_lora, endpoint, name, folder, timeout_seconds)
             time.sleep(POLL_SECONDS)
