@@ -108,7 +108,7 @@ def test_what_nobody_shows_goes_after_an_hour(folders: LoraFolders, content: Sta
     folders.sweep({str(shown)})
     assert [folder.exists() for folder in (shown, young, old)] == [True, True, False]
     os.utime(young, (1, 1))
-    folders.retire(young)  # unloaded just now, however long ago it was written
+    folders.retire(str(young))  # unloaded just now, however long ago it was written
     folders.sweep({str(shown)})
     assert young.exists()
 

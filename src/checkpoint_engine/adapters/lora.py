@@ -132,11 +132,16 @@ class LoraAdapter:
         return Served(digest=self._folder.name, served_digest=None)
 
     def publish(self) -> None:
-        """Remove the version before, unless requests in flight may still need it."""
-        if self._before is not None and self._may_go:
-            self._remove(Path(self._before), still_shown=str(self._folder))
-        elif self._before is not None and self._folders.digest_of(self._before):
-            self._folders.retire(Path(self._before))
+        """Remove the versions before the last, and that too if nobody may need it any more.
+
+        A request that waited while SGLang had neither asks for the last by its folder, and is given
+        the new one only if that is still there.
+        """
+        needed = {str(self._folder)}
+        if self._before is not None and not (self._folder is None and self._may_go):
+            needed.add(self._before)
+            self._folders.retire(self._before)
+        self._folders.keep_only(self._name, needed)
         if self._folder is None and self._name in self._endpoint.loras():
             # A request has had it loaded again, which none can from now on.
             self._serve(None)

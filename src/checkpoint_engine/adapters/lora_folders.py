@@ -163,10 +163,17 @@ class LoraFolders:
         folder.chmod(0o700)
         shutil.rmtree(folder, ignore_errors=True)  # what is left is swept later
 
-    def retire(self, folder: Path) -> None:
-        """Leave a folder, for an hour, to requests in flight."""
-        with contextlib.suppress(OSError):  # it may be gone, or none of these
-            os.utime(folder)
+    def keep_only(self, name: str, needed: set[str]) -> None:
+        """Remove the folders of a LoRA's other versions."""
+        for folder in (self._root / name).glob("*"):
+            if str(folder) not in needed:
+                self.remove(folder)
+
+    def retire(self, path: str) -> None:
+        """Leave a folder, if it is one of these, for an hour to requests that may need it."""
+        if self.digest_of(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
 
     def sweep(self, shown: set[str]) -> None:
         """Remove what no engine shows, and nobody has touched for an hour."""
