@@ -5,7 +5,7 @@ them: bytes under the name of PEFT's file, digested and sent like every other. I
 same way whether it came from a file or an object, so that equal adapters have equal digests.
 
     source = LoraSource.of_folder("./adapter")                       # as PEFT has saved it
-    source = LoraSource.of_tensors(get_peft_model_state_dict(model), model.peft_config["default"])
+    source = LoraSource.of_tensors(dict(adapter_weights(model, "it")), adapter_config(model, "it"))
 """
 
 from __future__ import annotations
