@@ -103,7 +103,9 @@ def silent_listener() -> Iterator[socket.socket]:
 
 def test_interrupting_a_command_exits_with_130(silent_listener: socket.socket) -> None:
     url = f"http://127.0.0.1:{silent_listener.getsockname()[1]}"
-    command = [sys.executable, "-c", MAIN, "status", "--endpoint", url, "--timeout", "60"]
+    # Of a shell's background jobs the children ignore SIGINT.
+    heeding = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
+    command = [sys.executable, "-c", heeding, "status", "--endpoint", url, "--timeout", "60"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         connection, _ = silent_listener.accept()
         with connection:

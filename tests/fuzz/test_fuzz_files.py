@@ -164,7 +164,7 @@ def test_indices(folder: Path, case: bytes) -> None:
 
 # The registry
 
-TEXTS = ("version", "digest", "owner", "outcome")
+TEXTS = ("version", "digest", "owner", "outcome", "lora")
 
 
 @fuzzed(
@@ -190,7 +190,10 @@ def test_records(folder: Path, case: tuple[str, Any]) -> None:
         sqlite3.connect(path) as forger,
         contextlib.suppress(sqlite3.IntegrityError, UnicodeEncodeError),
     ):
-        forger.execute(f"update updates set {column} = ?", (value,))
+        if column == "lora":
+            forger.execute("insert into loras values ('u', ?)", (value,))
+        else:
+            forger.execute(f"update updates set {column} = ?", (value,))
     forger.close()
     try:
         records = registry.history()

@@ -288,7 +288,7 @@ def test_memory_stays_within_the_ring(rank: Child, tmp_path: Path, nursery: Nurs
     finally:
         replica.close()
     assert max(rises["streamed"]) < RING_BYTES + SLACK_BYTES
-    assert min(rises["staged"]) > MODEL_BYTES
+    assert min(rises["staged"]) > MODEL_BYTES - SLACK_BYTES
 
 
 def make_large(folder: Path) -> dict[str, str]:
