@@ -20,6 +20,8 @@ import threading
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+import numpy as np
+
 from checkpoint_engine.errors import UsageError
 
 __all__ = ["MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "Pace", "byte_workers", "fault_in"]
@@ -47,13 +49,13 @@ def byte_workers(num_threads: int | None = None, *, idle: bool = False) -> Threa
 
 
 def fault_in(mapped: mmap.mmap, advice: int, pool: Executor) -> None:
-    """Touch every page of a writable map now, so that no copy pays for it later.
+    """Touch every page of a map now, so that no copy pays for it later.
 
     Raises:
         OSError: there is no memory for them, or (EINVAL) the kernel is older than Linux 5.14.
     """
-    view = ctypes.c_char.from_buffer(mapped)  # keeps the map where it is
-    start = ctypes.addressof(view)
+    view = np.frombuffer(mapped, dtype=np.uint8)  # keeps the map where it is
+    start = view.ctypes.data
 
     def touch(offset: int) -> None:
         length = min(SLICE_BYTES, len(mapped) - offset)

@@ -31,6 +31,7 @@ __all__ = ["VllmColocateWorkerExtension", "update_weights_from_ipc"]
 
 # The function has nowhere else to keep what a model was given last, which is its way back.
 _kept: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
+_pinned = Attachments(keep_maps=True, for_gpu=True)  # to pin a map takes longer than an update
 _updates: dict[VllmColocateWorkerExtension, VllmUpdates] = {}  # of one worker, for ever
 
 
@@ -50,8 +51,8 @@ def update_weights_from_ipc(
         device_id: index of the worker's device, or "cpu".
         run: takes a list of (name, tensor). On "cpu" the tensors are private views of staged
             memory, valid as long as somebody holds them; those of a streamed version own their
-            memory, and come in several calls. A method of a model is remembered with the model:
-            the next update can go back to what this one brought.
+            memory, and come in several calls, as on a GPU. A method of a model is remembered with
+            the model: the next update can go back to what this one brought.
         post_hook: called after the last `run`.
 
     Raises:
@@ -62,9 +63,11 @@ def update_weights_from_ipc(
     if type(model).__weakrefoffset__ == 0 or type(model).__hash__ is None:
         model = None  # a plain container, say: it cannot be remembered without keeping it alive
     kept = _kept.get(model, Kept()) if model is not None else Kept()
-    adapter = CallbackAdapter(run, post_hook, _device(device_id), kept)
+    device = _device(device_id)
+    adapter = CallbackAdapter(run, post_hook, device, kept)
+    attachments = _pinned if device.type == "cuda" else Attachments(keep_maps=False)
     try:
-        outcome = session.run(zmq_handle, adapter, Attachments(keep_maps=False))
+        outcome = session.run(zmq_handle, adapter, attachments)
     finally:
         if model is not None:
             _kept[model] = adapter.keep()
@@ -73,9 +76,12 @@ def update_weights_from_ipc(
 
 
 def _device(device_id: int | str) -> torch.device:
-    if isinstance(device_id, str):
-        return torch.device(device_id)
-    return torch.device(DeviceManager().device_type, device_id)
+    if not isinstance(device_id, str):
+        return torch.device(DeviceManager().device_type, device_id)
+    device = torch.device(device_id)
+    if device == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class VllmColocateWorkerExtension:

@@ -9,7 +9,8 @@ module whose loader this is; without a module, or memory for one, there is none.
 The loader of a module is watched, too: it must write every parameter (`adapters.module`).
 
 A streamed version is read, checked and loaded in groups of whole tensors: memory for one group, or
-for the largest tensor, is needed on top.
+for the largest tensor, is needed on top. So is any version on a GPU, where each group is checked
+in the GPU's memory before the loader is given it (`adapters.feed`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from checkpoint_engine.adapters.base import Content, Identity, Served
+from checkpoint_engine.adapters.feed import Feed
 from checkpoint_engine.adapters.hook import run_hook
 from checkpoint_engine.adapters.module import Snapshot, Watch
 from checkpoint_engine.adapters.streamed import Streamed
@@ -78,6 +80,7 @@ class CallbackAdapter:
         self._model = owner if isinstance(owner, torch.nn.Module) else None
         self._snapshot: Snapshot | None = None
         self._watch: Watch | None = None
+        self._feed: Feed | None = None
         self._torn = kept.torn
         self._incoming: Content | None = None
         self._loaded = False  # whether the loader has been called
@@ -103,9 +106,10 @@ class CallbackAdapter:
         Raises:
             AdapterError: the version lacks a tensor that a module was given before.
         """
-        self._incoming = content
-        with byte_workers(idle=True) as pool:
-            content.verify(pool)
+        self._incoming, self._feed = content, self._new_feed(content)
+        if self._feed is None or isinstance(content, Streamed):
+            with byte_workers(idle=True) as pool:
+                content.verify(pool)
         self._watch = self._new_watch()
         if self._served is not None and self._served.is_there():
             if self._model is not None:
@@ -163,8 +167,10 @@ class CallbackAdapter:
                 "send a complete version before it serves again"
             )
         self._served.discard_writes()
-        with byte_workers() as pool:
-            self._served.verify(pool)
+        self._feed = self._new_feed(self._served)
+        if self._feed is None:
+            with byte_workers() as pool:
+                self._served.verify(pool)
         self._load(self._served, self._new_watch())
         self._rest()
 
@@ -186,6 +192,7 @@ class CallbackAdapter:
         self._incoming = None
 
     def _rest(self) -> None:
+        self._feed = None
         for kept in (self._served, self._previous):
             if kept is not None:
                 kept.rest()
@@ -193,21 +200,31 @@ class CallbackAdapter:
     def _new_watch(self) -> Watch | None:
         return Watch(self._model) if self._model is not None else None
 
+    def _new_feed(self, content: Content) -> Feed | None:
+        return Feed(content, self._device) if self._device.type == "cuda" else None
+
     def _load(self, content: Content, watch: Watch | None) -> None:
-        group: list[tuple[str, torch.Tensor]] = []
-        group_bytes, most_bytes = 0, self._most_bytes(content)
-        for meta in content.manifest.tensors:
-            if group and group_bytes + meta.length > most_bytes:
-                self._give(group, watch)
-                group, group_bytes = [], 0
-            group.append((meta.name, content.tensor(meta).to(self._device)))
-            group_bytes += meta.length
-        self._give(group, watch)
+        for group in self._feed.groups() if self._feed else self._groups(content):
+            self._give(group, watch)
+            del group  # its memory is the next one's
         with watch or contextlib.nullcontext():
             if self._post_hook is not None:
                 run_hook(self._post_hook, self._model, self._device)
         if watch is not None:
             watch.check()
+        if self._device.type == "cuda":  # what fails there, fails here
+            torch.cuda.synchronize(self._device)
+
+    def _groups(self, content: Content) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        group: list[tuple[str, torch.Tensor]] = []
+        group_bytes, most_bytes = 0, self._most_bytes(content)
+        for meta in content.manifest.tensors:
+            if group and group_bytes + meta.length > most_bytes:
+                yield group
+                group, group_bytes = [], 0
+            group.append((meta.name, content.tensor(meta).to(self._device)))
+            group_bytes += meta.length
+        yield group
 
     def _give(self, group: list[tuple[str, torch.Tensor]], watch: Watch | None) -> None:
         self._loaded = True

@@ -72,6 +72,19 @@ class Staged:
                 return attachment.memory[start + shift : end + shift]
         raise ManifestError(f"bytes {start} to {end} lie in no part of the version")
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a GPU reads all of it without help."""
+        return all(attachment.is_pinned for _, attachment in self._held)
+
+    def spans(self, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes [start, end) of the flat space, cut where one part ends and the next begins."""
+        for part, attachment in self._held:
+            first, last = max(start, part.offset), min(end, part.offset + part.length)
+            if first < last:
+                shift = part.start - part.offset
+                yield attachment.memory[first + shift : last + shift]
+
     def tensor(self, meta: TensorMeta) -> torch.Tensor:
         """A view of one tensor; writing into it stays private to this process."""
         dtype, shape = torch_dtype(meta.dtype), torch_shape(meta.dtype, meta.shape)

@@ -8,6 +8,9 @@ Receivers map privately and writable: loaders of real engines write into the ten
 given, and copy-on-write keeps the staged bytes clean. A map is dropped, never closed, while tensors
 view it, and the lease ends with the last of them.
 
+Whoever copies to a GPU maps shared and read-only instead, and pins that: a private map would be
+copied, page by page, by being pinned. It stays pinned as long as it is kept.
+
     attachment = Attachment.open(address, segment_id)       # maps and holds
     tensor = torch.frombuffer(attachment.memory[a:b], dtype=torch.uint8)
     attachment.let_go()                                     # bytes no longer needed; map kept
@@ -25,7 +28,9 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from checkpoint_engine import cuda
 from checkpoint_engine.errors import (
     DeadlineExceeded,
     HandoverError,
@@ -87,23 +92,34 @@ class Attachment:
 
     Attributes:
         memory: all bytes of the segment; what they say is fixed only while it is held.
+        not_pinned: why a GPU does not read them without help; "" if it does.
     """
 
-    def __init__(self, channel: Channel[Held | Refused], segment: str) -> None:
+    def __init__(
+        self, channel: Channel[Held | Refused], segment: str, *, for_gpu: bool = False
+    ) -> None:
         self._channel, self._segment = channel, segment
         self._pooled = self._request_hold()
         descriptor = channel.take_descriptor()
         try:
-            mapped = _map(descriptor)
+            mapped = _map(descriptor, shared=for_gpu)
         finally:
             os.close(descriptor)
+        self._unpin, self.not_pinned = _pinned(self, mapped) if for_gpu else (None, "not for a GPU")
+        if self._unpin is None:
+            _fault_in(mapped)
         self.memory = memoryview(mapped)
         # The lease ends when the last tensor that views the map is gone, not before.
         self._lease = weakref.finalize(mapped, channel.close)
 
     @classmethod
-    def open(cls, address: str, segment: str) -> Attachment:
+    def open(cls, address: str, segment: str, *, for_gpu: bool = False) -> Attachment:
         """Connect to the owner, hold the segment and map it.
+
+        Args:
+            address: where the owner listens.
+            segment: its name there.
+            for_gpu: map it read-only and pin it, if that may be.
 
         Raises:
             HandoverError: the owner is gone or another user's, or the memory is not sealed.
@@ -111,7 +127,7 @@ class Attachment:
         connection = sockets.connect(address, HOLD_SECONDS)
         channel: Channel[Held | Refused] = Channel(connection, Held | Refused)
         try:
-            return cls(channel, segment)
+            return cls(channel, segment, for_gpu=for_gpu)
         except BaseException:
             channel.close()
             raise
@@ -120,7 +136,13 @@ class Attachment:
         """Forget what was written into this private map: it shows the owner's bytes again."""
         mapped = self.memory.obj
         assert isinstance(mapped, mmap.mmap), "an attachment that was closed shows nothing"
-        mapped.madvise(mmap.MADV_DONTNEED)
+        if not self.memory.readonly:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a GPU reads the bytes without help."""
+        return not self.not_pinned
 
     def hold(self) -> None:
         """Lease the bytes again after `let_go`; raises PeerLost when the owner is gone."""
@@ -142,6 +164,8 @@ class Attachment:
     def close(self) -> None:
         """Drop the map; the lease ends when no tensor views it any more."""
         self.memory = memoryview(b"")
+        if self._unpin is not None:
+            self._unpin()
 
     def _request_hold(self) -> bool:
         self._channel.send(Hold(self._segment))
@@ -161,10 +185,11 @@ class Attachments:
         keep_maps: whether bytes are let go of when they are released. Whoever keeps maps must not
             write into them: what is written stays, and fails the next verification. Without it, a
             lease lasts until the last tensor is gone, as it must where a loader may keep some.
+        for_gpu: whether maps are read-only, and pinned where that may be.
     """
 
-    def __init__(self, *, keep_maps: bool) -> None:
-        self._keep_maps = keep_maps
+    def __init__(self, *, keep_maps: bool, for_gpu: bool = False) -> None:
+        self._keep_maps, self._for_gpu = keep_maps, for_gpu
         self._idle: dict[tuple[str, str], Attachment] = {}
 
     def attach(self, address: str, segment: str) -> Attachment:
@@ -180,7 +205,7 @@ class Attachments:
                 kept.close()
             else:
                 return kept
-        return Attachment.open(address, segment)
+        return Attachment.open(address, segment, for_gpu=self._for_gpu)
 
     def release(self, address: str, segment: str, attachment: Attachment) -> None:
         """Take an attachment back, and keep its map where the owner will use it again."""
@@ -251,20 +276,42 @@ def _next_request(channel: Channel[Any]) -> Any:
         return None
 
 
-def _map(descriptor: int) -> mmap.mmap:
+def _map(descriptor: int, *, shared: bool) -> mmap.mmap:
     try:
         seals = fcntl.fcntl(descriptor, F_GET_SEALS)
     except OSError:
         seals = 0  # not memory at all
     if not seals & F_SEAL_SHRINK or not os.fstat(descriptor).st_size:
         raise HandoverError("what was handed over is no memory that is sealed against shrinking")
-    mapped = mmap.mmap(
+    size = os.fstat(descriptor).st_size
+    if shared:
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    return mmap.mmap(
         descriptor,
-        os.fstat(descriptor).st_size,
+        size,
         flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
         prot=mmap.PROT_READ | mmap.PROT_WRITE,
     )
-    # Only speed: before Linux 5.14 pages fault in one by one.
+
+
+def _fault_in(mapped: mmap.mmap) -> None:
+    """Only speed: before Linux 5.14 pages fault in one by one."""
     with contextlib.suppress(OSError), byte_workers(idle=True) as pool:
         fault_in(mapped, MADV_POPULATE_READ, pool)
-    return mapped
+
+
+def _pinned(owner: Attachment, mapped: mmap.mmap) -> tuple[Callable[[], object] | None, str]:
+    """Pin a map; gives what unpins it, at the latest when its owner goes, or why it may not be."""
+    address = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
+    try:
+        cuda.pin(address, len(mapped), writable=False)
+    except HandoverError as error:
+        return None, str(error)
+    unpin = weakref.finalize(owner, _unpin, address, mapped)
+    unpin.atexit = False  # a process that ends has no pins, and CUDA may be gone before this
+    return unpin, ""
+
+
+def _unpin(address: int, mapped: mmap.mmap) -> None:
+    """The map is kept by being an argument: it must not be gone before it is unpinned."""
+    cuda.unpin(address)

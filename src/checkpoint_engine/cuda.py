@@ -1,0 +1,180 @@
+"""The few calls of CUDA that torch does not have: kernels from source, and pinned maps.
+
+They go to the driver, so that a refusal is an error here and not, as with the runtime's functions,
+in whatever torch does next. Everything else of CUDA is torch's own. Importing this needs no GPU.
+
+    kernels = compile_kernels(SOURCE, ["sums"], device)
+    kernels["sums"](grid=(num_chunks, 128), block=256, arguments=[data, table, out])
+
+    pin(address, num_bytes, writable=False)          # page-locked: copies at the speed of the bus
+    unpin(address)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_engine.errors import AdapterError, HandoverError
+
+__all__ = [
+    "Kernel",
+    "compile_kernels",
+    "new_event",
+    "new_stream",
+    "pin",
+    "unpin",
+    "uses_expandable_segments",
+]
+
+HOST_REGISTER_PORTABLE, HOST_REGISTER_READ_ONLY = 1, 8  # the values are the driver's
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that runs on one device; see the module's text."""
+
+    function: ctypes.c_void_p
+    device: torch.device
+
+    def __call__(
+        self, *, grid: tuple[int, int], block: int, arguments: Sequence[torch.Tensor]
+    ) -> None:
+        """Queue it on the current stream of its device. Its arguments are addresses of tensors."""
+        values = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
+        addresses = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        code = _driver().cuLaunchKernel(
+            self.function, *grid, 1, block, 1, 1, 0, stream, addresses, None
+        )
+        _check(code, "a kernel was not started")
+
+
+@functools.cache
+def compile_kernels(source: str, names: tuple[str, ...], device: torch.device) -> dict[str, Kernel]:
+    """Compile CUDA C++ for a device; once in a process, as it takes a fraction of a second.
+
+    Args:
+        source: whose functions are `extern "C"`.
+        names: those that are wanted.
+        device: with its index.
+
+    Raises:
+        AdapterError: the compiler that comes with torch is missing or refuses.
+    """
+    torch.zeros(1, device=device)  # makes the device's context current on this thread
+    module, kernels = ctypes.c_void_p(), {}
+    image = _compiled(source, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), "a kernel was not loaded")
+    for name in names:
+        function = ctypes.c_void_p()
+        found = _driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode())
+        _check(found, f"there is no kernel {name}")
+        kernels[name] = Kernel(function, device)
+    return kernels
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of this device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event() -> torch.cuda.Event:
+    """An event, of whatever device it is first recorded on; it is past until then."""
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def pin(address: int, num_bytes: int, *, writable: bool) -> None:
+    """Lock mapped pages into memory and let every GPU of this process read them.
+
+    Must be undone by `unpin` before they are unmapped.
+
+    Args:
+        address: of the first page.
+        num_bytes: of whole pages.
+        writable: whether the map is; a private one would be copied, page by page.
+
+    Raises:
+        HandoverError: the driver refuses, or the memory may not be locked.
+    """
+    flags = HOST_REGISTER_PORTABLE | (0 if writable else HOST_REGISTER_READ_ONLY)
+    try:
+        driver = _driver()
+    except OSError as error:
+        raise HandoverError(f"{num_bytes} bytes cannot be pinned: {error}") from error
+    torch.zeros(1, device="cuda")  # the driver needs a context on this thread
+    code = driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), flags)
+    if code:
+        raise HandoverError(f"{num_bytes} bytes cannot be pinned: {_error(code)}")
+
+
+def unpin(address: int) -> None:
+    """Undo `pin`. No copy from there may be under way."""
+    _check(_driver().cuMemHostUnregister(ctypes.c_void_p(address)), "memory stays pinned")
+
+
+def uses_expandable_segments() -> bool:
+    """Whether torch's memory on a GPU is such that CUDA IPC cannot hand it over."""
+    settings: dict[str, Any] = torch.cuda.memory._snapshot()["allocator_settings"]
+    return bool(settings.get("expandable_segments", False))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _compiler() -> ctypes.CDLL:
+    """NVRTC, which torch's CUDA builds need themselves, and which is not always loaded."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
+    packages = Path(sysconfig.get_paths()["purelib"], "nvidia")
+    places = [name, *map(str, sorted(packages.glob(f"*/lib/{name}")))]
+    for place in places:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    raise AdapterError(f"{name} is not found: it is part of the CUDA build of torch")
+
+
+def _compiled(source: str, architecture: str) -> bytes:
+    compiler, program = _compiler(), ctypes.c_void_p()
+    options = (ctypes.c_char_p * 1)(f"--gpu-architecture={architecture}".encode())
+    size = ctypes.c_size_t()
+    code = compiler.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None
+    )
+    try:
+        code = code or compiler.nvrtcCompileProgram(program, len(options), options)
+        if code:
+            compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value or 1)
+            compiler.nvrtcGetProgramLog(program, log)
+            raise AdapterError(f"kernels do not compile for {architecture}: {log.value.decode()}")
+        compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        image = ctypes.create_string_buffer(size.value)
+        compiler.nvrtcGetCUBIN(program, image)
+        return image.raw
+    finally:
+        compiler.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise AdapterError(f"{what}: {_error(code)}")
+
+
+def _error(code: int) -> str:
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(code, ctypes.byref(name))
+    return f"{(name.value or b'?').decode()} ({code})"
