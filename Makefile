@@ -2,7 +2,7 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines
+.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu
 .NOTPARALLEL:
 
 help:
@@ -18,7 +18,8 @@ help:
 	@echo "make lint    style, types, direction of imports"
 	@echo "make bench   measure weight updates on this machine"
 	@echo "make bench-engines  measure how long requests to real engines wait for an update"
+	@echo "make bench-gpu  measure weight updates into an engine on a GPU"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines:
+setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu:
 	@scripts/$@ $(ARGS)

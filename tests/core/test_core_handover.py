@@ -146,6 +146,20 @@ def test_writing_into_a_tensor_leaves_the_owners_bytes(door: Door, segment: Segm
     other.close()
 
 
+def test_a_map_for_a_gpu_cannot_be_written_and_is_as_good_unpinned(
+    door: Door, segment: Segment
+) -> None:
+    """Where there is no GPU nothing can be pinned, and it says so."""
+    attachment = Attachment.open(door.address, segment.name, for_gpu=True)
+    assert attachment.memory.readonly
+    assert attachment.memory == segment.memory
+    assert attachment.is_pinned or "cannot be pinned" in attachment.not_pinned
+    attachment.discard_writes()
+    assert attachment.memory == segment.memory
+    attachment.close()
+    leases_become(segment, 1)
+
+
 # Kept maps
 
 

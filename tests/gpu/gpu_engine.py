@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from checkpoint_engine.worker import update_weights_from_ipc
+from checkpoint_engine import cuda, worker
+from checkpoint_engine.errors import HandoverError
 from children import serve
 
 
@@ -13,13 +14,16 @@ class Model:
 
     def __init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
-        self.failing = False
+        self.given: dict[str, torch.Tensor] = {}
+        self.failing = self.keeping = False
 
     def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in named:
             assert tensor.is_cuda
             own = self.weights.setdefault(name, torch.empty_like(tensor))
             own.copy_(tensor)
+            if self.keeping:
+                self.given[name] = tensor
         if self.failing:
             self.failing = False
             raise RuntimeError("load_weights refused")
@@ -31,16 +35,34 @@ class Engine:
     def __init__(self) -> None:
         self.model = Model()
 
-    def update(self, handle: str, failing: bool = False) -> None:
-        self.model.failing = failing
-        update_weights_from_ipc(None, handle, 0, run=self.model.load_weights)
+    def update(self, handle: str, failing: bool = False, keeping: bool = False) -> None:
+        self.model.failing, self.model.keeping = failing, keeping
+        worker.update_weights_from_ipc(None, handle, 0, run=self.model.load_weights)
 
-    def sums(self) -> dict[str, float]:
-        return {name: float(own.double().sum()) for name, own in self.model.weights.items()}
+    def forbid_pins(self) -> None:
+        """As a host does that limits locked memory."""
+
+        def refuse(address: int, num_bytes: int, *, writable: bool) -> None:
+            raise HandoverError(f"{num_bytes} bytes cannot be pinned: the limit is 0")
+
+        cuda.pin = refuse
+
+    def pinned(self) -> list[str]:
+        """Why the maps that are kept are not pinned; "" for each that is."""
+        kept = worker._kept[self.model]
+        return [
+            attachment.not_pinned
+            for content in (kept.served, kept.previous)
+            if content is not None
+            for _, attachment in content._held
+        ]
+
+    def sums(self, given: bool = False) -> dict[str, float]:
+        tensors = self.model.given if given else self.model.weights
+        return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}
 
     def used_bytes(self) -> int:
-        """Of the GPU by all its processes, without what is merely cached here."""
-        torch.cuda.empty_cache()
+        """Of the GPU by all its processes."""
         free, total = torch.cuda.mem_get_info()
         return total - free
 

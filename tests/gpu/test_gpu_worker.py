@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import UpdateFailed
@@ -27,22 +31,28 @@ def engine(socket_folder: Path) -> Iterator[Child]:
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
-    """Where a trainer has them."""
+    """Where a trainer has them: more than one group, and what is hashed in its own way."""
     generator = torch.Generator("cuda").manual_seed(seed)
     return {
         "large": torch.randn(NUM_BYTES // 2, generator=generator, device="cuda").bfloat16(),
+        "odd": torch.randn(1_000_003, generator=generator, device="cuda").bfloat16(),
         "small": torch.tensor([float(seed)], device="cuda"),
+        "empty": torch.empty(0, device="cuda"),
     }
 
 
 def bring(server: ParameterServer, engine: Child, seed: int, **behaviour: Any) -> None:
+    name = f"step-{seed}"
+    server.register_checkpoint(name, named_tensors=weights(seed), use_shared_memory_pool=True)
+    update(server, engine, name, **behaviour)
+
+
+def update(server: ParameterServer, engine: Child, name: str, **behaviour: Any) -> None:
     def request(handles: Any) -> None:
         engine.call("update", handle=dict(handles)[device_uuid()], **behaviour)
 
-    name = f"step-{seed}"
-    server.register_checkpoint(name, named_tensors=weights(seed), use_shared_memory_pool=True)
     server.gather_metas(name)
-    server.update(name, request)
+    server.update(name, [request])
 
 
 def sums(seed: int) -> dict[str, float]:
@@ -62,9 +72,63 @@ def test_a_loader_on_the_gpu_is_brought_forward_and_back(
     assert engine.call("sums") == sums(3)
 
 
+def test_staged_bytes_are_pinned_for_the_gpu(lone_server: ParameterServer, engine: Child) -> None:
+    bring(lone_server, engine, 1)
+    bring(lone_server, engine, 2)
+    assert engine.call("pinned") == ["", ""]
+
+
+def test_what_may_not_be_pinned_goes_through_slots(
+    lone_server: ParameterServer, engine: Child
+) -> None:
+    engine.call("forbid_pins")
+    bring(lone_server, engine, 1)
+    assert "the limit is 0" in engine.call("pinned")[0]
+    assert engine.call("sums") == sums(1)
+
+
+def test_bytes_that_changed_after_they_were_registered_reach_no_loader(
+    lone_server: ParameterServer, engine: Child
+) -> None:
+    bring(lone_server, engine, 1)
+    lone_server.register_checkpoint("bad", named_tensors=weights(2), use_shared_memory_pool=True)
+    lone_server._store["bad"].segment.memory[NUM_BYTES - 1] ^= 1
+    with pytest.raises(UpdateFailed, match="its bytes on cuda:0 are not those of the manifest"):
+        update(lone_server, engine, "bad")
+    assert engine.call("sums") == sums(1)
+
+
+def test_a_version_is_streamed_from_files_to_the_gpu(
+    lone_server: ParameterServer, engine: Child, tmp_path: Path
+) -> None:
+    save_file({name: one.cpu() for name, one in weights(1).items()}, tmp_path / "m.safetensors")
+    lone_server.register_checkpoint("files", files=[tmp_path / "m.safetensors"], mode="streamed")
+    update(lone_server, engine, "files")
+    assert engine.call("sums") == sums(1)
+
+
+def test_a_loader_may_keep_what_it_is_given(lone_server: ParameterServer, engine: Child) -> None:
+    bring(lone_server, engine, 1, keeping=True)
+    bring(lone_server, engine, 2)
+    assert engine.call("sums", given=True) == sums(1)
+
+
 def test_memory_of_the_gpu_is_given_back(lone_server: ParameterServer, engine: Child) -> None:
     bring(lone_server, engine, 1)
     before = engine.call("used_bytes")
     for seed in range(2, 6):
         bring(lone_server, engine, seed)
     assert engine.call("used_bytes") - before < SLACK_BYTES
+
+
+def test_a_gpu_has_one_name_however_it_is_made_visible(socket_folder: Path) -> None:
+    def name(visible: str) -> str:
+        command = [sys.executable, str(Path(__file__).with_name("gpu_uuid.py"))]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return done.stdout.strip()
+
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    uuid = device_uuid()
+    assert uuid in listed
+    assert [name("0"), name(uuid), name(uuid[:12])] == [uuid] * 3

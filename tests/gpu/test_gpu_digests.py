@@ -1,0 +1,27 @@
+"""Digests taken by a GPU are those that a manifest has; skipped where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from checkpoint_engine.codec.device_digest import DevicePlan
+from checkpoint_engine.manifest import CHUNK_BYTES, align
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+EDGES = (1, 16, 17, 128, 240, 241, 255, 256, 1023, 1024, 1025, 1088, 1089, 16 << 10)
+
+
+def test_every_length_has_its_digest() -> None:
+    generator = np.random.default_rng(0)
+    lengths = [*EDGES, CHUNK_BYTES, CHUNK_BYTES - 1, *generator.integers(1, 50_000, 500).tolist()]
+    starts = np.cumsum([0, *map(align, lengths)]).tolist()
+    memory = generator.integers(0, 256, starts[-1], dtype=np.uint8)
+    device = torch.device("cuda", 0)
+    plan = DevicePlan.of(list(zip(starts[:-1], lengths, strict=True)), device)
+    digests = plan.begin(torch.from_numpy(memory).to(device)).wait()
+    for start, length, digest in zip(starts[:-1], lengths, digests, strict=True):
+        assert digest == xxhash.xxh3_128_digest(memory[start : start + length]), length
