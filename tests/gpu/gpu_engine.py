@@ -61,10 +61,14 @@ class Engine:
         tensors = self.model.given if given else self.model.weights
         return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}
 
-    def used_bytes(self) -> int:
-        """Of the GPU by all its processes."""
+    def used_bytes(self) -> dict[str, int]:
+        """Of the GPU: by all its processes, by torch in this one, and by its tensors."""
         free, total = torch.cuda.mem_get_info()
-        return total - free
+        return {
+            "all": total - free,
+            "torch": torch.cuda.memory_reserved(),
+            "tensors": torch.cuda.memory_allocated(),
+        }
 
 
 if __name__ == "__main__":

@@ -192,7 +192,9 @@ class CallbackAdapter:
         self._incoming = None
 
     def _rest(self) -> None:
-        self._feed = None
+        if self._feed is not None:
+            self._feed = None
+            torch.cuda.empty_cache()  # what went through it is the engine's again
         for kept in (self._served, self._previous):
             if kept is not None:
                 kept.rest()

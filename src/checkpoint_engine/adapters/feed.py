@@ -5,6 +5,7 @@ the staged bytes at the speed of the bus or, where nothing is pinned, through sm
 that a few threads fill. The digest of every chunk is taken from the GPU's memory, so what a loader
 is given is what was registered, bus included. Three groups are there at most; their memory is
 torch's, which uses it again when nobody views it any more: a loader may keep what it is given.
+Whoever is done with a feed has torch return what it caches (`torch.cuda.empty_cache`).
 
     feed = Feed(content, torch.device("cuda", 0))       # while serving: plans, compiles
     for group in feed.groups():                         # while requests wait
