@@ -28,6 +28,7 @@ __all__ = ["MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "Pace", "byte_workers", 
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # not in `mmap`; the values are the kernel's
 SLICE_BYTES = 32 << 20
+MAX_THREADS = 16
 BURST_SECONDS = 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,14 +36,15 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def byte_workers(num_threads: int | None = None, *, idle: bool = False) -> ThreadPoolExecutor:
-    """Threads for work that is bound by memory: more than four gain nothing.
+    """Threads for work that is bound by memory.
 
     Args:
-        num_threads: default one for each core, up to four.
+        num_threads: default one for each core of this process, up to 16: that many come near what
+            memory gives on common hosts.
         idle: run only when nobody else wants the core; for all that is done while serving.
     """
     return ThreadPoolExecutor(
-        num_threads or min(4, os.cpu_count() or 1),
+        num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0))),
         thread_name_prefix="ckpt-bytes",
         initializer=_be_idle if idle else None,
     )

@@ -33,6 +33,11 @@ class TensorSource:
 
     def __init__(self, named_tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = {name: checked(name, tensor) for name, tensor in named_tensors.items()}
+        self._flat = {
+            name: tensor.reshape(-1).view(torch.uint8).numpy()
+            for name, tensor in self._tensors.items()
+            if tensor.is_cpu and tensor.is_contiguous()
+        }
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
 
@@ -50,6 +55,10 @@ class TensorSource:
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Copy bytes [start, start + len(out)) of a tensor, row-major, into `out`."""
+        flat = self._flat.get(name)
+        if flat is not None:
+            np.copyto(np.frombuffer(out, dtype=np.uint8), flat[start : start + len(out)])
+            return
         tensor = self._tensors[name]
         if not tensor.is_contiguous():
             with self._lock:
@@ -58,7 +67,7 @@ class TensorSource:
 
     def close(self) -> None:
         """Let go of the tensors."""
-        self._tensors = {}
+        self._tensors, self._flat = {}, {}
         self._contiguous.cache_clear()
 
     def _spec(self, names: tuple[str, ...]) -> TensorSpec:
