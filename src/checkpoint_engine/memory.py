@@ -24,7 +24,14 @@ import numpy as np
 
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["MADV_POPULATE_READ", "MADV_POPULATE_WRITE", "Pace", "byte_workers", "fault_in"]
+__all__ = [
+    "MADV_POPULATE_READ",
+    "MADV_POPULATE_WRITE",
+    "Pace",
+    "byte_workers",
+    "fault_in",
+    "num_byte_workers",
+]
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # not in `mmap`; the values are the kernel's
 SLICE_BYTES = 32 << 20
@@ -35,16 +42,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+def num_byte_workers() -> int:
+    """One for each core of this process, up to 16: these come near what memory gives on hosts."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
 def byte_workers(num_threads: int | None = None, *, idle: bool = False) -> ThreadPoolExecutor:
     """Threads for work that is bound by memory.
 
     Args:
-        num_threads: default one for each core of this process, up to 16: that many come near what
-            memory gives on common hosts.
+        num_threads: default `num_byte_workers()`.
         idle: run only when nobody else wants the core; for all that is done while serving.
     """
     return ThreadPoolExecutor(
-        num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0))),
+        num_threads or num_byte_workers(),
         thread_name_prefix="ckpt-bytes",
         initializer=_be_idle if idle else None,
     )

@@ -17,7 +17,9 @@ update under way, not a replica that maps it.
 
 from __future__ import annotations
 
+import collections
 import fcntl
+import itertools
 import mmap
 import os
 import secrets
@@ -25,18 +27,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from checkpoint_engine.codec.digest import PIECE_BYTES, digest_pieces
+from checkpoint_engine.codec.digest import PIECE_BYTES, digest_pieces, piece_bytes
 from checkpoint_engine.errors import StoreError, UsageError
-from checkpoint_engine.manifest import Chunk, Manifest, TensorMeta, align, cut_chunks
-from checkpoint_engine.memory import MADV_POPULATE_WRITE, Pace, byte_workers, fault_in
-from checkpoint_engine.plan.buckets import Bucket, plan_buckets
+from checkpoint_engine.manifest import CHUNK_BYTES, Chunk, Manifest, TensorMeta, align, cut_chunks
+from checkpoint_engine.memory import (
+    MADV_POPULATE_WRITE,
+    Pace,
+    byte_workers,
+    fault_in,
+    num_byte_workers,
+)
 from checkpoint_engine.plan.layout import lay_out
 from checkpoint_engine.sources.base import Source
 
@@ -384,46 +390,49 @@ def digest_in_place(source: Source) -> Manifest:
 
 def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview | None) -> Manifest:
     """Read every chunk into its place, if it has one, and digest it while it is in the cache."""
-    pace = Pace.of_environment()
-    starts = {tensor.offset: tensor for tensor in reversed(tensors) if tensor.length}
-    digests: dict[int, list[bytes]] = {offset: [] for offset in starts}
-    origins = {starts[offset].name: offset for offset in starts}
-
-    def read(bucket: Bucket) -> list[tuple[str, bytes]]:
-        return [(chunk.tensor, digest_pieces(read_pieces(chunk))) for chunk in bucket.chunks]
+    pace, num_threads = Pace.of_environment(), num_byte_workers()
+    origins = {tensor.name: tensor.offset for tensor in tensors}
+    step = PIECE_BYTES if memory is None else piece_bytes(num_threads)
 
     def read_pieces(chunk: Chunk) -> Iterator[memoryview]:
-        scratch = memoryview(bytearray(PIECE_BYTES if memory is None else 0))
-        for start in range(chunk.offset, chunk.end, PIECE_BYTES):
-            end = min(start + PIECE_BYTES, chunk.end)
+        scratch = memoryview(bytearray(step if memory is None else 0))
+        for start in range(chunk.offset, chunk.end, step):
+            end = min(start + step, chunk.end)
             piece = scratch[: end - start] if memory is None else memory[start:end]
             pace.take(len(piece))
             source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
             yield piece
 
-    buckets = plan_buckets(cut_chunks(tensors), bucket_bytes=8 << 20)
-    with byte_workers(idle=True) as pool:
-        for name, digest in _flatten(pool, read, buckets):
-            digests[origins[name]].append(digest)
+    digests = _each(tuple(cut_chunks(tensors)), lambda chunk: digest_pieces(read_pieces(chunk)))
     return Manifest.of(
-        msgspec.structs.replace(tensor, chunk_digests=b"".join(digests.get(tensor.offset, ())))
-        if tensor.length
-        else tensor
+        msgspec.structs.replace(
+            tensor,
+            chunk_digests=b"".join(
+                digests[start] for start in range(tensor.offset, tensor.end, CHUNK_BYTES)
+            ),
+        )
         for tensor in tensors
     )
 
 
-def _flatten(
-    pool: Executor, read: Callable[[Bucket], list[tuple[str, bytes]]], buckets: Sequence[Bucket]
-) -> Iterator[tuple[str, bytes]]:
-    """All results in the order of buckets; the first failure cancels what has not begun."""
-    jobs = [pool.submit(read, bucket) for bucket in buckets]
-    try:
-        for job in jobs:
-            yield from job.result()
-    finally:
-        for job in jobs:
-            job.cancel()
+def _each(chunks: Sequence[Chunk], work: Callable[[Chunk], bytes]) -> dict[int, bytes]:
+    """What `work` gives for each chunk, by its offset; after a failure, none is begun.
+
+    Each thread takes the next chunk by itself: whoever hands them out one by one would need the
+    interpreter as often as all threads together.
+    """
+    waiting = iter(chunks)
+
+    def work_through(_: int) -> list[tuple[int, bytes]]:
+        try:
+            return [(chunk.offset, work(chunk)) for chunk in waiting]
+        except BaseException:
+            collections.deque(waiting, maxlen=0)
+            raise
+
+    num_threads = num_byte_workers()
+    with byte_workers(num_threads, idle=True) as pool:
+        return dict(itertools.chain.from_iterable(pool.map(work_through, range(num_threads))))
 
 
 def _fault_in(memory: mmap.mmap) -> None:

@@ -34,7 +34,6 @@ from checkpoint_engine.manifest import (
     decode_manifest,
     num_chunks,
 )
-from checkpoint_engine.plan.buckets import plan_buckets
 from checkpoint_engine.store import Store
 
 # 8 values a tensor, so as many bytes as a value has bits.
@@ -94,16 +93,12 @@ def test_the_order_of_tensors_changes_nothing(order: tuple[str, ...]) -> None:
     assert placed(BytesSource(weights))[0] == placed(BytesSource(dict(sorted(weights.items()))))[0]
 
 
-@pytest.mark.parametrize("bucket_bytes", [4 * MIB, 5 * MIB, 64 * MIB])
-def test_the_size_of_buckets_changes_nothing(
-    bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_threads", [1, 4, 16])
+def test_the_number_of_threads_changes_nothing(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, golden = FIXED["around a chunk"]
-    monkeypatch.setattr(
-        checkpoint_engine.store,
-        "plan_buckets",
-        lambda chunks, **_: plan_buckets(chunks, bucket_bytes),
-    )
+    monkeypatch.setattr(checkpoint_engine.store, "num_byte_workers", lambda: num_threads)
     store = Store()
     assert store.register("version", BytesSource(weights)).manifest.digest == golden
     store.close()

@@ -47,7 +47,7 @@ RATIOS = (
     Ratio("pageable", "pageable copy", "pinned copy"),
     Ratio("control", "pinned copy again", "pinned copy"),
 )
-WARMUPS = 4  # until every pooled segment is pinned
+WARMUPS = 3  # until every pooled segment is pinned
 START_SECONDS, ANSWER_SECONDS = 60.0, 60.0
 HERE = Path(__file__).parent
 

@@ -188,17 +188,19 @@ class DevicePlan:
         table, rows, num_blocks = [], [], 0
         for start, length in chunks:
             if length > SHORT_BYTES:
-                table.append((start, length, num_blocks))
+                table += [start, length, num_blocks]
                 num_blocks += (length - 1) // BLOCK_BYTES
             else:
                 rows.append(start // ALIGNMENT_BYTES)
+        num_long = len(table) // 3
+        words = torch.tensor([num_long, *table, *rows]).to(device)  # one copy, as each takes long
         return cls(
             long=tuple(length > SHORT_BYTES for _, length in chunks),
             lengths=tuple(length for _, length in chunks),
             num_blocks=num_blocks,
-            table=torch.tensor(table, dtype=torch.int64).to(device),
-            number=torch.tensor([len(table)], dtype=torch.int64).to(device),
-            short_rows=torch.tensor(rows, dtype=torch.int64).to(device),
+            table=words[1 : 1 + len(table)],
+            number=words[:1],
+            short_rows=words[1 + len(table) :],
         )
 
     def begin(self, data: torch.Tensor) -> Digests:

@@ -25,14 +25,24 @@ __all__ = [
     "chunk_digests",
     "digest_pieces",
     "first_mismatch",
+    "piece_bytes",
 ]
 
 PIECE_BYTES = 512 << 10  # stays in a core's own cache between being written and being digested
+FEW_THREADS = 4
 
 
 def chunk_digest(chunk: memoryview) -> bytes:
     """xxh3-128 of one chunk, 16 bytes."""
     return xxhash.xxh3_128_digest(chunk)
+
+
+def piece_bytes(num_threads: int) -> int:
+    """How much of a chunk so many threads should each write before they digest it.
+
+    Many of them lose more by waiting for the interpreter between pieces than cache gives.
+    """
+    return PIECE_BYTES if num_threads <= FEW_THREADS else CHUNK_BYTES
 
 
 def digest_pieces(pieces: Iterable[memoryview]) -> bytes:
