@@ -6,20 +6,22 @@ in whatever torch does next. Everything else of CUDA is torch's own. Importing t
     kernels = compile_kernels(SOURCE, ["sums"], device)
     kernels["sums"](grid=(num_chunks, 128), block=256, arguments=[data, table, out])
 
-    pin(address, num_bytes, writable=False)          # page-locked: copies at the speed of the bus
-    unpin(address)
+    unpin = pin(owner, mapped, writable=False)      # page-locked: copies at the speed of the bus
+    unpin()
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import sysconfig
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint_engine.errors import AdapterError, HandoverError
@@ -30,8 +32,6 @@ __all__ = [
     "new_event",
     "new_stream",
     "pin",
-    "unpin",
-    "uses_expandable_segments",
 ]
 
 HOST_REGISTER_PORTABLE, HOST_REGISTER_READ_ONLY = 1, 8  # the values are the driver's
@@ -93,39 +93,44 @@ def new_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def pin(address: int, num_bytes: int, *, writable: bool) -> None:
-    """Lock mapped pages into memory and let every GPU of this process read them.
-
-    Must be undone by `unpin` before they are unmapped.
+def pin(owner: object, mapped: mmap.mmap, *, writable: bool) -> Callable[[], object]:
+    """Lock mapped pages into memory and let every GPU of this process copy from and to them.
 
     Args:
-        address: of the first page.
-        num_bytes: of whole pages.
+        owner: with it the pages are unpinned at the latest.
+        mapped: kept until they are.
         writable: whether the map is; a private one would be copied, page by page.
+
+    Returns:
+        What unpins them. No copy from or to them may be under way then; may be called twice.
 
     Raises:
         HandoverError: the driver refuses, or the memory may not be locked.
     """
     flags = HOST_REGISTER_PORTABLE | (0 if writable else HOST_REGISTER_READ_ONLY)
+    address, size = np.frombuffer(mapped, dtype=np.uint8).ctypes.data, len(mapped)
     try:
         driver = _driver()
     except OSError as error:
-        raise HandoverError(f"{num_bytes} bytes cannot be pinned: {error}") from error
-    torch.zeros(1, device="cuda")  # the driver needs a context on this thread
-    code = driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), flags)
+        raise HandoverError(f"{size} bytes cannot be pinned: {error}") from error
+    _enter_context()
+    code = driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(size), flags)
     if code:
-        raise HandoverError(f"{num_bytes} bytes cannot be pinned: {_error(code)}")
+        raise HandoverError(f"{size} bytes cannot be pinned: {_error(code)}")
+    unpin = weakref.finalize(owner, _unpin, address, mapped)
+    unpin.atexit = False  # a process that ends has no pins, and CUDA may be gone before this
+    return unpin
 
 
-def unpin(address: int) -> None:
-    """Undo `pin`. No copy from there may be under way."""
+def _unpin(address: int, mapped: mmap.mmap) -> None:
+    """The map is kept by being an argument: it must not be gone before it is unpinned."""
+    _enter_context()
     _check(_driver().cuMemHostUnregister(ctypes.c_void_p(address)), "memory stays pinned")
 
 
-def uses_expandable_segments() -> bool:
-    """Whether torch's memory on a GPU is such that CUDA IPC cannot hand it over."""
-    settings: dict[str, Any] = torch.cuda.memory._snapshot()["allocator_settings"]
-    return bool(settings.get("expandable_segments", False))
+def _enter_context() -> None:
+    """The driver's calls go to the context of this thread's current device, once it has one."""
+    torch.zeros(1, device="cuda")
 
 
 @functools.cache

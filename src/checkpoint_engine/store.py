@@ -18,6 +18,7 @@ update under way, not a replica that maps it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import fcntl
 import itertools
 import mmap
@@ -27,14 +28,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from checkpoint_engine import cuda
 from checkpoint_engine.codec.digest import PIECE_BYTES, digest_pieces, piece_bytes
-from checkpoint_engine.errors import StoreError, UsageError
+from checkpoint_engine.errors import HandoverError, StoreError, UsageError
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk, Manifest, TensorMeta, align, cut_chunks
 from checkpoint_engine.memory import (
     MADV_POPULATE_WRITE,
@@ -74,6 +75,7 @@ class Segment:
         self._num_leases = 0
         self._lock = threading.Lock()
         self._on_idle: Callable[[Segment], None] | None = None
+        self._unpin: Callable[[], object] | None = None
         self._freed = False
         try:
             self.descriptor = os.memfd_create("ckpt-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -118,7 +120,7 @@ class Segment:
         if idle and self._on_idle is not None:
             self._on_idle(self)
 
-    @contextmanager
+    @contextlib.contextmanager
     def lease(self) -> Iterator[Segment]:
         """Lease the bytes for the duration of a block."""
         self.acquire()
@@ -127,12 +129,26 @@ class Segment:
         finally:
             self.release()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether GPUs copy to it at the speed of the bus."""
+        return self._unpin is not None
+
+    def pin(self) -> None:
+        """Lock the pages until they are freed; where that is not allowed, copies are slower."""
+        if self._unpin is None:
+            with contextlib.suppress(HandoverError):
+                self._unpin = cuda.pin(self, self._map, writable=True)
+
     def free(self) -> bool:
         """Give the memory back to the system, unless somebody has leased it after all."""
         with self._lock:
             if self._num_leases:
                 return False
             self._freed = True
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         # Dropped, not closed: a view that somebody still holds keeps the map until it goes.
         del self.memory, self._map
         os.close(self.descriptor)
@@ -233,6 +249,8 @@ class Store:
             num_bytes = max((tensor.end for tensor in tensors), default=0)
             segment = self.allocate(num_bytes, pooled=pooled)
             try:
+                if source.on_gpu:
+                    segment.pin()
                 shard = Shard(_fill(tensors, source, segment.memory), segment)
             except BaseException as error:
                 # Views in the frames of the failure would keep the memory as long as the error.
@@ -303,7 +321,7 @@ class Store:
             if force:
                 self._free(self._idle_pool())
 
-    @contextmanager
+    @contextlib.contextmanager
     def leased(self, label: str) -> Iterator[None]:
         """Keep a version as it is, if it is here, whatever is registered or unregistered."""
         if label in self.labels:

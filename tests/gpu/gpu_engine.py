@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from typing import Any
+
 import torch
 
 from checkpoint_engine import cuda, worker
@@ -42,8 +45,8 @@ class Engine:
     def forbid_pins(self) -> None:
         """As a host does that limits locked memory."""
 
-        def refuse(address: int, num_bytes: int, *, writable: bool) -> None:
-            raise HandoverError(f"{num_bytes} bytes cannot be pinned: the limit is 0")
+        def refuse(owner: object, mapped: mmap.mmap, *, writable: bool) -> Any:
+            raise HandoverError(f"{len(mapped)} bytes cannot be pinned: the limit is 0")
 
         cuda.pin = refuse
 

@@ -100,6 +100,11 @@ class JoinedSource:
         """The files, unless there are tensors beside them."""
         return None if self._named or self._gathered else self._files.files
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some of the tensors are on a GPU."""
+        return self._tensors.on_gpu or (self._sharded is not None and self._sharded.on_gpu)
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all; a name that is given twice is refused when they are laid out."""
         sharded = self._sharded.specs() if self._sharded else ()
@@ -145,6 +150,11 @@ class Share:
     def files(self) -> TensorFiles | None:
         """Those of the whole source."""
         return self._source.files
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some of the whole source is."""
+        return self._source.on_gpu
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of this part."""

@@ -26,6 +26,11 @@ class Source(Protocol):
         """The open files that hold every tensor; None if one lies elsewhere."""
         ...
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some of it is read from a GPU's memory."""
+        ...
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, each with all its names; raises SourceError where they contradict."""
         ...

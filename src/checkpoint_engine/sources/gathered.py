@@ -73,6 +73,11 @@ class GatheredSource:
         """None: these tensors lie in memory, here and elsewhere."""
         return None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some are gathered on a GPU."""
+        return any(part.is_cuda for weight in self._weights for part in weight.parts)
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors that this rank keeps."""
         weights = kept(self._weights, self._keeper, self._bucket_bytes)

@@ -104,6 +104,11 @@ class LoraSource:
         """None: an adapter is always staged."""
         return None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some of the tensors are on a GPU."""
+        return self._tensors.on_gpu
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, and the configuration as one of bytes."""
         config = TensorSpec(names=(CONFIG_NAME,), dtype="U8", shape=(len(self._config),))

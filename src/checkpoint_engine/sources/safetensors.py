@@ -78,6 +78,11 @@ class SafetensorsSource:
         """The open files."""
         return self._files
 
+    @property
+    def on_gpu(self) -> bool:
+        """False: these are files."""
+        return False
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all files, in the order of the files."""
         return self._specs

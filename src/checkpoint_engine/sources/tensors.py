@@ -38,6 +38,9 @@ class TensorSource:
             for name, tensor in self._tensors.items()
             if tensor.is_cpu and tensor.is_contiguous()
         }
+        # Other threads read, whose streams do not wait for what this one has queued.
+        for device in {one.device for one in self._tensors.values() if not one.is_cpu}:
+            torch.accelerator.current_stream(device).synchronize()
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
 
@@ -45,6 +48,11 @@ class TensorSource:
     def files(self) -> None:
         """None: these tensors lie in memory."""
         return None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether some of the tensors are on a GPU."""
+        return any(tensor.is_cuda for tensor in self._tensors.values())
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, tied ones once under all their names."""

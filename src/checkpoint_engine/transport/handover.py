@@ -28,7 +28,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from checkpoint_engine import cuda
 from checkpoint_engine.errors import (
@@ -105,7 +104,13 @@ class Attachment:
             mapped = _map(descriptor, shared=for_gpu)
         finally:
             os.close(descriptor)
-        self._unpin, self.not_pinned = _pinned(self, mapped) if for_gpu else (None, "not for a GPU")
+        self._unpin: Callable[[], object] | None = None
+        self.not_pinned = "" if for_gpu else "not for a GPU"
+        if for_gpu:
+            try:
+                self._unpin = cuda.pin(self, mapped, writable=False)
+            except HandoverError as error:
+                self.not_pinned = str(error)
         if self._unpin is None:
             _fault_in(mapped)
         self.memory = memoryview(mapped)
@@ -298,20 +303,3 @@ def _fault_in(mapped: mmap.mmap) -> None:
     """Only speed: before Linux 5.14 pages fault in one by one."""
     with contextlib.suppress(OSError), byte_workers(idle=True) as pool:
         fault_in(mapped, MADV_POPULATE_READ, pool)
-
-
-def _pinned(owner: Attachment, mapped: mmap.mmap) -> tuple[Callable[[], object] | None, str]:
-    """Pin a map; gives what unpins it, at the latest when its owner goes, or why it may not be."""
-    address = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
-    try:
-        cuda.pin(address, len(mapped), writable=False)
-    except HandoverError as error:
-        return None, str(error)
-    unpin = weakref.finalize(owner, _unpin, address, mapped)
-    unpin.atexit = False  # a process that ends has no pins, and CUDA may be gone before this
-    return unpin, ""
-
-
-def _unpin(address: int, mapped: mmap.mmap) -> None:
-    """The map is kept by being an argument: it must not be gone before it is unpinned."""
-    cuda.unpin(address)
