@@ -216,6 +216,16 @@ def take_and_give_back(attachments: Attachments, door: Door, segment: Segment) -
     leases_become(segment, num_leases)
 
 
+def test_a_kept_map_goes_when_its_owner_frees_the_memory(door: Door, store: Store) -> None:
+    """Without another update: what is mapped, or pinned, is not free."""
+    attachments, before = Attachments(keep_maps=True), num_maps()
+    for number in range(2):
+        take_and_give_back(attachments, door, put(store, number))
+        assert num_maps() == before + 2
+        store.unregister(f"v{number}", force=True)
+        wait_until(lambda: num_maps() == before)
+
+
 def test_memory_that_the_owner_returned_is_not_kept_by_idle_maps(door: Door, store: Store) -> None:
     """A map keeps the pages: replicas would hold another model with every such update."""
     attachments = Attachments(keep_maps=True)

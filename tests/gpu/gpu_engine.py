@@ -60,6 +60,10 @@ class Engine:
             for _, attachment in content._held
         ]
 
+    def num_pinned_maps(self) -> int:
+        """That are kept for the next update, beside those of versions."""
+        return sum(idle.is_pinned for idle in worker._pinned._idle.values())
+
     def sums(self, given: bool = False) -> dict[str, float]:
         tensors = self.model.given if given else self.model.weights
         return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}

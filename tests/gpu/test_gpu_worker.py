@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
-from children import Child
+from children import Child, wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -79,6 +79,17 @@ def test_staged_bytes_are_pinned_for_the_gpu(lone_server: ParameterServer, engin
     bring(lone_server, engine, 1)
     bring(lone_server, engine, 2)
     assert engine.call("pinned") == ["", ""]
+
+
+def test_pinned_maps_go_when_their_memory_is_freed(
+    lone_server: ParameterServer, engine: Child
+) -> None:
+    for seed in range(1, 5):
+        bring(lone_server, engine, seed)
+    assert engine.call("num_pinned_maps") > 0
+    for label in lone_server._store.labels:
+        lone_server.unregister_checkpoint(label, force=True)
+    wait_until(lambda: engine.call("num_pinned_maps") == 0)
 
 
 def test_what_may_not_be_pinned_goes_through_slots(

@@ -23,6 +23,8 @@ import contextlib
 import fcntl
 import mmap
 import os
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -184,7 +186,7 @@ class Attachments:
     """Where a replica gets its maps from, and gives them back.
 
     Faulting a map in costs as much as a copy, and a store reuses few segments over and over, so
-    whoever keeps no tensor after an update keeps the maps instead.
+    whoever keeps no tensor after an update keeps the maps instead, until their owners free them.
 
     Args:
         keep_maps: whether bytes are let go of when they are released. Whoever keeps maps must not
@@ -196,13 +198,14 @@ class Attachments:
     def __init__(self, *, keep_maps: bool, for_gpu: bool = False) -> None:
         self._keep_maps, self._for_gpu = keep_maps, for_gpu
         self._idle: dict[tuple[str, str], Attachment] = {}
+        self._lock = threading.Lock()
+        self._is_watched = False
 
     def attach(self, address: str, segment: str) -> Attachment:
         """Hold a segment, through the map kept for it if there is one."""
-        for place, idle in tuple(self._idle.items()):
-            if idle.ended:
-                self._idle.pop(place).close()
-        kept = self._idle.pop((address, segment), None)
+        with self._lock:
+            self._close_ended()
+            kept = self._idle.pop((address, segment), None)
         if kept is not None:
             try:
                 kept.hold()
@@ -214,15 +217,43 @@ class Attachments:
 
     def release(self, address: str, segment: str, attachment: Attachment) -> None:
         """Take an attachment back, and keep its map where the owner will use it again."""
-        if self._keep_maps and attachment.let_go():
-            self._idle[address, segment] = attachment
-        else:
+        if not (self._keep_maps and attachment.let_go()):
             attachment.close()
+            return
+        with self._lock:
+            self._idle[address, segment] = attachment
+            if not self._is_watched:
+                self._is_watched = True
+                watch = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
+                watch.start()
 
     def close(self) -> None:
         """Drop the maps that are kept."""
-        while self._idle:
-            self._idle.popitem()[1].close()
+        with self._lock:
+            while self._idle:
+                self._idle.popitem()[1].close()
+
+    def _close_ended(self) -> None:
+        for place, idle in tuple(self._idle.items()):
+            if idle.ended:
+                self._idle.pop(place).close()
+
+    def _goes_on(self) -> bool:
+        """Drop what no owner will use again; whether some is left to be watched."""
+        with self._lock:
+            self._close_ended()
+            self._is_watched = bool(self._idle)
+            return self._is_watched
+
+
+def _watch(reference: weakref.ref[Attachments]) -> None:
+    """Drop maps when their owners do: memory that is mapped, or pinned, is not free."""
+    while True:
+        time.sleep(LEASE_POLL_SECONDS)
+        attachments = reference()
+        if attachments is None or not attachments._goes_on():
+            return
+        del attachments
 
 
 def serve_lease(
