@@ -1,4 +1,4 @@
-"""The few calls of CUDA that torch does not have: kernels from source, and pinned maps.
+"""The few calls of CUDA that torch lacks: kernels from source, pinned maps, and shared memory.
 
 They go to the driver, so that a refusal is an error here and not, as with the runtime's functions,
 in whatever torch does next. Everything else of CUDA is torch's own. Importing this needs no GPU.
@@ -8,6 +8,12 @@ in whatever torch does next. Everything else of CUDA is torch's own. Importing t
 
     unpin = pin(owner, mapped, writable=False)      # page-locked: copies at the speed of the bus
     unpin()
+
+    data, handle = share(num_bytes, device)         # of a GPU; the handle is plain bytes
+    data = opened(handle, num_bytes, device)        # in another process of the host
+
+What is shared is the driver's own, beside torch's allocator: so it does not matter how that works
+(expandable segments cannot be handed over), and memory that is freed is not cached.
 """
 
 from __future__ import annotations
@@ -31,10 +37,15 @@ __all__ = [
     "compile_kernels",
     "new_event",
     "new_stream",
+    "opened",
     "pin",
+    "share",
 ]
 
 HOST_REGISTER_PORTABLE, HOST_REGISTER_READ_ONLY = 1, 8  # the values are the driver's
+IPC_LAZY_ENABLE_PEER_ACCESS = 1
+IPC_HANDLE_BYTES = 64
+BLOCK_BYTES = 2 << 20  # smaller allocations share a block, and all of that is handed over
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,79 @@ def _unpin(address: int, mapped: mmap.mmap) -> None:
     """The map is kept by being an argument: it must not be gone before it is unpinned."""
     _enter_context()
     _check(_driver().cuMemHostUnregister(ctypes.c_void_p(address)), "memory stays pinned")
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = (("field", ctypes.c_ubyte * IPC_HANDLE_BYTES),)
+
+
+class _Memory:
+    """What torch takes for a tensor, which keeps it; freed with the last one that views it."""
+
+    def __init__(
+        self, address: int, num_bytes: int, device: torch.device, free: Callable[..., None]
+    ) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+        weakref.finalize(self, free, address, device).atexit = False
+
+
+def share(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, bytes]:
+    """Memory for other processes of this host, and what they need to open it.
+
+    It is freed with the last tensor that views it; by then the others must be done with it.
+
+    Raises:
+        HandoverError: there is not so much, or this machine's CUDA shares none.
+    """
+    address, handle = ctypes.c_uint64(), _IpcHandle()
+    size = -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    with torch.cuda.device(device):
+        _enter_context()
+        if code := _driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)):
+            raise HandoverError(f"{size} bytes cannot be allocated on {device}: {_error(code)}")
+        memory = _Memory(address.value, num_bytes, device, _free)
+        if code := _driver().cuIpcGetMemHandle(ctypes.byref(handle), address):
+            raise HandoverError(f"memory of {device} cannot be shared: {_error(code)}")
+        return torch.as_tensor(memory, device=device), bytes(handle)
+
+
+def opened(handle: bytes, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory of another process on the same device, until the last tensor that views it is gone.
+
+    Raises:
+        HandoverError: it is gone, or this process's own.
+    """
+    if len(handle) != IPC_HANDLE_BYTES:
+        raise HandoverError(f"a handle of CUDA IPC has {IPC_HANDLE_BYTES} bytes, not {len(handle)}")
+    address = ctypes.c_uint64()
+    with torch.cuda.device(device):
+        _enter_context()
+        code = _driver().cuIpcOpenMemHandle_v2(
+            ctypes.byref(address),
+            _IpcHandle.from_buffer_copy(handle),
+            ctypes.c_uint(IPC_LAZY_ENABLE_PEER_ACCESS),
+        )
+        if code:
+            raise HandoverError(f"shared memory of {device} cannot be opened: {_error(code)}")
+        return torch.as_tensor(_Memory(address.value, num_bytes, device, _close), device=device)
+
+
+def _free(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        _enter_context()
+        _check(_driver().cuMemFree_v2(ctypes.c_uint64(address)), "shared memory is not freed")
+
+
+def _close(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        _enter_context()
+        code = _driver().cuIpcCloseMemHandle(ctypes.c_uint64(address))
+        _check(code, "shared memory is not closed")
 
 
 def _enter_context() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import xxhash
 
-from checkpoint_engine.codec.device_digest import DevicePlan
+from checkpoint_engine.codec.device_digest import DevicePlan, chunk_digests_there
+from checkpoint_engine.codec.digest import chunk_digests
 from checkpoint_engine.manifest import CHUNK_BYTES, align
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -25,3 +26,9 @@ def test_every_length_has_its_digest() -> None:
     digests = plan.begin(torch.from_numpy(memory).to(device)).wait()
     for start, length, digest in zip(starts[:-1], lengths, digests, strict=True):
         assert digest == xxhash.xxh3_128_digest(memory[start : start + length]), length
+
+
+@pytest.mark.parametrize("length", [0, 1, 240, 241, 250, 256, 300, 5 << 20, CHUNK_BYTES + 100])
+def test_a_tensor_has_the_digests_of_its_chunks(length: int) -> None:
+    data = torch.randint(256, (length,), dtype=torch.uint8)
+    assert chunk_digests_there(data.to("cuda")) == chunk_digests(data.numpy().data)

@@ -23,9 +23,9 @@ import torch
 
 from checkpoint_engine.codec.digest import chunk_digest
 from checkpoint_engine.cuda import compile_kernels, new_event
-from checkpoint_engine.manifest import ALIGNMENT_BYTES
+from checkpoint_engine.manifest import ALIGNMENT_BYTES, CHUNK_BYTES
 
-__all__ = ["SOURCE", "DevicePlan", "Digests"]
+__all__ = ["SOURCE", "DevicePlan", "Digests", "chunk_digests_there"]
 
 SHORT_BYTES = 240
 BLOCK_BYTES = 1024
@@ -207,7 +207,8 @@ class DevicePlan:
         """Queue everything on the current stream.
 
         Args:
-            data: the memory as bytes, a multiple of 256 of them, that starts at such an address.
+            data: the memory as bytes, that starts at a multiple of 256 of them; as many more as
+                that must be there where short chunks begin.
         """
         device, num_long = data.device, sum(self.long)
         words = torch.empty((num_long, 2), dtype=torch.int64, device=device)
@@ -226,7 +227,8 @@ class DevicePlan:
                 block=CHUNKS_AT_ONCE * LANES,
                 arguments=[data, self.table, sums, self.number, words],
             )
-        rows = data.view(-1, ALIGNMENT_BYTES).index_select(0, self.short_rows)
+        whole = data[: len(data) // ALIGNMENT_BYTES * ALIGNMENT_BYTES]
+        rows = whole.view(-1 if len(whole) else 0, ALIGNMENT_BYTES).index_select(0, self.short_rows)
         words_here, rows_here, done = _fetched(words), _fetched(rows), new_event()
         done.record(torch.cuda.current_stream(device))
         return Digests(self, words_here, rows_here, done)
@@ -239,6 +241,24 @@ class DevicePlan:
             next(long).tobytes() if is_long else chunk_digest(memoryview(next(short)[:length]))
             for is_long, length in zip(self.long, self.lengths, strict=True)
         ]
+
+
+def chunk_digests_there(data: torch.Tensor) -> bytes:
+    """The digests of all 4 MiB chunks of one tensor's bytes, one after the other, from a GPU.
+
+    Queued on the current stream, and waited for.
+
+    Args:
+        data: starts at a multiple of 256 bytes of its device's memory.
+    """
+    starts = range(0, len(data), CHUNK_BYTES)
+    chunks = [(start, min(CHUNK_BYTES, len(data) - start)) for start in starts]
+    short = chunks.pop() if chunks and chunks[-1][1] <= SHORT_BYTES else None
+    with torch.cuda.device(data.device):
+        digests = DevicePlan.of(chunks, data.device).begin(data).wait() if chunks else []
+    if short is not None:
+        digests.append(chunk_digest(data[short[0] :].cpu().numpy().data))
+    return b"".join(digests)
 
 
 def _fetched(tensor: torch.Tensor) -> torch.Tensor:
