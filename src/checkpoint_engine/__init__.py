@@ -31,6 +31,7 @@ if _TYPE_CHECKING:
     from checkpoint_engine.sources.lora_adapter import LoraSource
     from checkpoint_engine.streaming import (
         CheckpointEngine,
+        CudaIpcCheckpointEngine,
         GlooCheckpointEngine,
         HCCLCheckpointEngine,
         NCCLCheckpointEngine,
@@ -46,6 +47,7 @@ __all__ = [
     "AdapterError",
     "CheckpointEngine",
     "CheckpointEngineError",
+    "CudaIpcCheckpointEngine",
     "DeadlineExceeded",
     "ForeignPeer",
     "GlooCheckpointEngine",
@@ -82,6 +84,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointEngine": "streaming",
+    "CudaIpcCheckpointEngine": "streaming",
     "GlooCheckpointEngine": "streaming",
     "HCCLCheckpointEngine": "streaming",
     "NCCLCheckpointEngine": "streaming",

@@ -16,6 +16,7 @@ import checkpoint_engine
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.streaming import (
     CheckpointEngine,
+    CudaIpcCheckpointEngine,
     GlooCheckpointEngine,
     HCCLCheckpointEngine,
     NCCLCheckpointEngine,
@@ -251,14 +252,16 @@ def test_wrong_uses_are_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for hosts without a GPU")
-@pytest.mark.parametrize("kind", [NCCLCheckpointEngine, HCCLCheckpointEngine])
+@pytest.mark.parametrize(
+    "kind", [CudaIpcCheckpointEngine, NCCLCheckpointEngine, HCCLCheckpointEngine]
+)
 def test_devices_that_are_not_there_are_not_pretended(kind: type[CheckpointEngine]) -> None:
     with pytest.raises(UsageError, match="use GlooCheckpointEngine, or SharedMemory"):
         kind()
 
 
 def test_engines_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"gloo", "nccl", "hccl", "shm", "ray"} <= set(engine_names())
+    assert {"gloo", "nccl", "hccl", "cuda_ipc", "shm", "ray"} <= set(engine_names())
     assert engine_class("shm") is SharedMemoryCheckpointEngine
     assert isinstance(new_engine("gloo", bucket_size=8 * MIB), GlooCheckpointEngine)
     with pytest.raises(UsageError, match="no streaming engine 'pigeon'; there are"):

@@ -13,12 +13,14 @@ if _TYPE_CHECKING:
         HCCLCheckpointEngine,
         NCCLCheckpointEngine,
     )
+    from checkpoint_engine.streaming.cuda_ipc import CudaIpcCheckpointEngine
     from checkpoint_engine.streaming.names import engine_class, engine_names, new_engine
     from checkpoint_engine.streaming.ray_actors import RayCheckpointEngine
     from checkpoint_engine.streaming.shared_memory import SharedMemoryCheckpointEngine
 
 __all__ = [
     "CheckpointEngine",
+    "CudaIpcCheckpointEngine",
     "GlooCheckpointEngine",
     "HCCLCheckpointEngine",
     "NCCLCheckpointEngine",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointEngine": "base",
+    "CudaIpcCheckpointEngine": "cuda_ipc",
     "GlooCheckpointEngine": "collective",
     "HCCLCheckpointEngine": "collective",
     "NCCLCheckpointEngine": "collective",

@@ -1,8 +1,8 @@
 """Engines that broadcast by torch.distributed: one implementation, a backend each.
 
 Gloo moves bytes between CPUs of any hosts and needs nothing but this package. NCCL and HCCL move
-them between GPUs and between Ascend NPUs, whose buckets lie on the device; digests are taken of
-copies in host memory.
+them between GPUs and between Ascend NPUs, whose buckets lie on the device; GPUs take digests there,
+of what is on NPUs they are taken of copies in host memory.
 
     engine = GlooCheckpointEngine(bucket_size=64 << 20, timeout=120)
 """

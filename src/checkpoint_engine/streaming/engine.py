@@ -221,6 +221,8 @@ class StreamingEngine(CheckpointEngine):
                 while isinstance(arrived := await in_thread(receiving.next), Arrived):
                     for name, tensor in arrived.tensors:
                         yield name, tensor.clone() if copy else tensor
+                    if self.device.type != "cpu":  # what its consumer has queued still reads it
+                        torch.accelerator.current_stream(self.device).synchronize()
                     arrived.release()
                 version = arrived
                 await in_thread(lambda: receiving.finish(version))

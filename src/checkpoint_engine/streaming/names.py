@@ -22,6 +22,7 @@ BUILT_IN = {
     "gloo": "GlooCheckpointEngine",
     "nccl": "NCCLCheckpointEngine",
     "hccl": "HCCLCheckpointEngine",
+    "cuda_ipc": "CudaIpcCheckpointEngine",
     "shm": "SharedMemoryCheckpointEngine",
     "ray": "RayCheckpointEngine",
 }

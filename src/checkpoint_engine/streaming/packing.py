@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from checkpoint_engine.codec.device_digest import chunk_digests_there
 from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digest, digest_pieces
 from checkpoint_engine.dtypes import dtype_name, num_bytes, torch_dtype, torch_shape
 from checkpoint_engine.errors import (
@@ -155,6 +156,8 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> bytes:
 
 
 def _digests(data: torch.Tensor) -> bytes:
+    if data.is_cuda:
+        return chunk_digests_there(data)
     memory = data.cpu().numpy().data
     return b"".join(
         chunk_digest(memory[start : start + CHUNK_BYTES])

@@ -1,0 +1,166 @@
+"""An engine for GPUs of one host: the sender packs into its GPU's memory, which receivers open.
+
+A ring of buckets lies on the sender's GPU, beside what torch allocates, and is handed over once by
+CUDA IPC: as plain fields, from which one function makes a tensor. A receiver copies a bucket out of
+it, on the same GPU or from a neighbour, checks it there and says so; when all have, the sender
+fills it anew. Digests are taken by the GPU.
+
+    engine = CudaIpcCheckpointEngine()      # on the current device; used as any other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from checkpoint_engine import cuda
+from checkpoint_engine.device_utils import device_uuid
+from checkpoint_engine.errors import (
+    MALFORMED,
+    HandoverError,
+    ProtocolError,
+    TransferError,
+    UsageError,
+)
+from checkpoint_engine.manifest import align
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier
+from checkpoint_engine.streaming.engine import StreamingEngine
+from checkpoint_engine.streaming.messages import Hello
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.transport.sockets import own_host
+
+__all__ = ["CudaIpcCheckpointEngine"]
+
+
+class _Way(msgspec.Struct, frozen=True):
+    """Where the ring is: on the GPU of this uuid, of `NUM_SLOTS` slots, opened by this handle."""
+
+    uuid: str
+    handle: bytes
+    slot_bytes: int
+
+
+class CudaIpcCheckpointEngine(StreamingEngine):
+    """Between processes of one host and user: of each the GPU that is current when it is made.
+
+    Every receiver must see the sender's GPU, which may be its own.
+
+    Raises:
+        UsageError: there is no GPU.
+    """
+
+    name = "cuda_ipc"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.cuda.is_available():
+            raise UsageError(
+                "CudaIpcCheckpointEngine needs a GPU: use GlooCheckpointEngine, or "
+                "SharedMemoryCheckpointEngine on one host"
+            )
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._rings: list[torch.Tensor] = []
+        super().__init__(*args, **kwargs)
+
+    def make_carrier(self, rendezvous: Rendezvous) -> Carrier:
+        """A ring, once it is known how large."""
+        return _CudaMemory(self.device, self._rings)
+
+    def finalize(self) -> None:
+        """See `StreamingEngine`."""
+        super().finalize()
+        torch.cuda.empty_cache()  # what was received into is the GPU's again
+
+    def _leave(self) -> None:
+        super()._leave()
+        self._rings.clear()  # which must not be freed before the others have closed it
+
+
+class _CudaMemory(Carrier):
+    """See the module's text.
+
+    Args:
+        device: this process's.
+        rings: the sender's, of which receivers may have any open; the last is in use.
+    """
+
+    early = False
+
+    def __init__(self, device: torch.device, rings: list[torch.Tensor]) -> None:
+        self._device, self._rings = device, rings
+        self._opened: torch.Tensor | None = None
+        self._way = _Way("", b"", 0)
+
+    def check(self, hellos: Mapping[int, Hello]) -> None:
+        """All must be of this host."""
+        for rank, hello in hellos.items():
+            if hello.host != own_host():
+                raise UsageError(
+                    f"rank {rank} is on another host, or has another CKPT_ENGINE_SOCKET_DIR: "
+                    "between hosts use NCCLCheckpointEngine"
+                )
+
+    def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
+        """The ring of before, if it is large enough."""
+        if not self._rings or self._way.slot_bytes < bucket_bytes or rebuild:
+            slot_bytes = align(bucket_bytes)
+            ring, handle = cuda.share(NUM_SLOTS * slot_bytes, self._device)
+            self._rings.append(ring)
+            self._way = _Way(device_uuid("cuda", self._device.index), handle, slot_bytes)
+        return msgspec.json.encode(self._way).decode()
+
+    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
+        """The ring itself."""
+        starts = range(0, NUM_SLOTS * self._way.slot_bytes, self._way.slot_bytes)
+        return [self._rings[-1][start : start + bucket_bytes] for start in starts]
+
+    def join(self, way: str, timeout_seconds: float) -> None:
+        """Open the ring, unless this one is open already."""
+        if way == self.kept or self._rings:
+            return
+        self.close()
+        try:
+            self._way = msgspec.json.decode(way, type=_Way)
+            num_bytes = NUM_SLOTS * self._way.slot_bytes
+            self._opened = cuda.opened(self._way.handle, num_bytes, _device_of(self._way.uuid))
+        except MALFORMED as error:
+            raise ProtocolError(f"a malformed way: {error}") from error
+        except HandoverError as error:
+            raise TransferError(f"the sender's memory: {error}") from error
+        self.kept = way
+
+    def send(
+        self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
+    ) -> None:
+        """It is where it belongs already."""
+        wait_ready()
+        del self._rings[:-1]  # everybody has joined, and so closed the rings of before
+
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+        """Copy it out."""
+        if self._opened is None:
+            raise TransferError("the sender's memory was let go of meanwhile")
+        start = index % NUM_SLOTS * self._way.slot_bytes
+        data.copy_(self._opened[start : start + len(data)])
+        torch.cuda.current_stream(data.device).synchronize()
+
+    def abandon(self) -> None:
+        """Nothing is broken: what is in the ring is checked by whoever reads it."""
+
+    def close(self) -> None:
+        """Close a ring that was opened; the sender's are freed when everybody has left."""
+        self.kept = ""
+        self._opened = None
+
+
+def _device_of(uuid: str) -> torch.device:
+    """The GPU of this uuid among those that this process sees, in whatever order."""
+    for index in range(torch.cuda.device_count()):
+        if device_uuid("cuda", index) == uuid:
+            return torch.device("cuda", index)
+    raise HandoverError(
+        f"this process does not see {uuid}: add that to its CUDA_VISIBLE_DEVICES, or use "
+        "SharedMemoryCheckpointEngine"
+    )
