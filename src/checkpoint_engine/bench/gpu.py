@@ -1,10 +1,10 @@
 """Updates of 8 GB into an engine on a GPU, next to bare copies, MoonshotAI's package, and IPC.
 
 Everything starts from a trainer's tensors in host memory, new in every round, and ends in the
-parameters of an engine in another process. Each package has a server and a worker of its own, and
-memory that is pooled before the clock starts. What is bare is timed within one process, from
-memory that was pinned before; tensor by tensor, each goes to the GPU and is handed over by CUDA
-IPC, while the next waits for it.
+parameters of an engine in another process; ours once more from tensors on the GPU. Each package has
+a server and a worker of its own, and memory that is pooled before the clock starts. What is bare is
+timed within one process, from memory that was pinned before; tensor by tensor, each goes to the GPU
+and is handed over by CUDA IPC, while the next waits for it.
 
     python -m checkpoint_engine.bench.gpu --original FOLDER
 """
@@ -43,10 +43,13 @@ RATIOS = (
     Ratio("pause", "ours: pause", "pinned copy"),
     Ratio("original", "original: end to end", "ours: end to end", 1.5, at_least=True),
     Ratio("original-update", "original: update", "ours: update"),
+    Ratio("from-gpu", "ours from the GPU: end to end", "ours: end to end"),
+    Ratio("down", "ours from the GPU: register", "pinned copy"),
     Ratio("ipc", "tensor by tensor", "ours: end to end"),
     Ratio("pageable", "pageable copy", "pinned copy"),
     Ratio("control", "pinned copy again", "pinned copy"),
 )
+MASTER_PORTS = {"ours": 29611, "ours from the GPU": 29661, "original": 29711}
 WARMUPS = 3  # until every pooled segment is pinned
 START_SECONDS, ANSWER_SECONDS = 60.0, 60.0
 HERE = Path(__file__).parent
@@ -82,9 +85,9 @@ class _Child:
 
 
 class _Package:
-    """One of the packages that do the job."""
+    """One of the packages that do the job, with a trainer's tensors on the host or the GPU."""
 
-    def __init__(self, name: str, path: str, num_layers: int) -> None:
+    def __init__(self, name: str, path: str, num_layers: int, device: str) -> None:
         self._name = name
         environment = {
             "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]),
@@ -93,9 +96,9 @@ class _Package:
             "LOGURU_LEVEL": "WARNING",
             "NCCL_SOCKET_IFNAME": "lo",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29611" if name == "ours" else "29711",
+            "MASTER_PORT": str(MASTER_PORTS[name]),
         }
-        script = [str(HERE / "gpu_job.py"), "server", str(num_layers)]
+        script = [str(HERE / "gpu_job.py"), "server", str(num_layers), device]
         self.child = _Child(["-P", *script], name, environment)
 
     def operation(self) -> Operation:
@@ -179,14 +182,14 @@ def _measure(
         bare = _Bare(num_layers)
         stack.callback(bare.child.close)
         operations.append(bare.copy("pinned", "pinned copy"))
-        packages = {
-            "ours": str(HERE.parents[1]),
-            **({"original": str(original)} if original else {}),
-        }
-        for name, path in packages.items():
+        own = str(HERE.parents[1])
+        packages = [("ours", own, "cpu"), ("ours from the GPU", own, "cuda")]
+        if original is not None:
+            packages.append(("original", str(original), "cpu"))
+        for name, path, device in packages:
             with _attempt(name, without):
                 start = time.perf_counter()
-                package = _Package(name, path, num_layers)
+                package = _Package(name, path, num_layers, device)
                 stack.callback(package.child.close)
                 package.say_used("before the first update")
                 first = package.operation().run()

@@ -4,7 +4,7 @@ A script, run once for each package with that on PYTHONPATH, so it knows only wh
 the server with the trainer's tensors, and starts itself as the worker, in which an engine's loader
 copies what it is given over its parameters. Both speak JSON, a line for each command and answer.
 
-    PYTHONPATH=... python -P gpu_job.py server 16       # 16 layers
+    PYTHONPATH=... python -P gpu_job.py server 16 cpu   # 16 layers, of a trainer on the host
     {"do": "round"}                                     # {"register": 0.7, "update": 0.2, ...}
 """
 
@@ -79,8 +79,8 @@ class Worker:
 class Server:
     """A trainer beside a parameter server of one rank."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._weights = gpu_weights.make_weights(num_layers, "cpu")
+    def __init__(self, num_layers: int, device: str) -> None:
+        self._weights = gpu_weights.make_weights(num_layers, device)
         self._worker = subprocess.Popen(  # noqa: S603 - this file, and a number
             [sys.executable, "-P", __file__, "worker", str(num_layers)],
             stdin=subprocess.PIPE,
@@ -96,6 +96,7 @@ class Server:
     def round(self) -> dict[str, float]:
         """Seconds of one update, end to end."""
         gpu_weights.change(self._weights)
+        torch.cuda.synchronize()
         self._number += 1
         name, times = f"step-{self._number}", [time.perf_counter()]
         self._server.register_checkpoint(
@@ -146,9 +147,9 @@ class Server:
         return answer
 
 
-def main(role: str, num_layers: str) -> None:
+def main(role: str, num_layers: str, device: str = "") -> None:
     """Answer commands until there are no more."""
-    methods = Server(int(num_layers)) if role == "server" else Worker(int(num_layers))
+    methods = Server(int(num_layers), device) if role == "server" else Worker(int(num_layers))
     if role == "server":
         _say("ready")
     for line in sys.stdin:
