@@ -130,7 +130,8 @@ class ParameterServer:
             named_tensors: on any device; of those sharded over ranks, this one keeps a share.
             use_shared_memory_pool: keep the memory for the next such checkpoint, faulted in, and
                 let go of all but the last two by itself. For a trainer's loop.
-            use_inplace_pin_memory: accepted for compatibility; without a GPU nothing is pinned.
+            use_inplace_pin_memory: accepted for compatibility. No file is pinned in place or
+                deleted: one in /dev/shm cannot be sealed, and truncating it would kill engines.
             mode: "staged" copies; "streamed" has engines read files while requests wait; "auto"
                 streams what does not fit in memory, if it is in files.
 
