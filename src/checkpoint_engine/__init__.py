@@ -32,6 +32,8 @@ if _TYPE_CHECKING:
     from checkpoint_engine.streaming import (
         CheckpointEngine,
         CudaIpcCheckpointEngine,
+        CheckpointEngineManager,
+        CheckpointEngineMixin,
         GlooCheckpointEngine,
         HCCLCheckpointEngine,
         NCCLCheckpointEngine,
@@ -48,6 +50,8 @@ __all__ = [
     "CheckpointEngine",
     "CheckpointEngineError",
     "CudaIpcCheckpointEngine",
+    "CheckpointEngineManager",
+    "CheckpointEngineMixin",
     "DeadlineExceeded",
     "ForeignPeer",
     "GlooCheckpointEngine",
@@ -85,6 +89,8 @@ __all__ = [
 _HOMES = {
     "CheckpointEngine": "streaming",
     "CudaIpcCheckpointEngine": "streaming",
+    "CheckpointEngineManager": "streaming",
+    "CheckpointEngineMixin": "streaming",
     "GlooCheckpointEngine": "streaming",
     "HCCLCheckpointEngine": "streaming",
     "NCCLCheckpointEngine": "streaming",

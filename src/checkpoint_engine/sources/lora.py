@@ -38,6 +38,7 @@ from checkpoint_engine.sources.weight import Weight, identity_of, spec_of
 
 __all__ = [
     "adapter_config",
+    "adapter_parameters",
     "adapter_weights",
     "adapter_weights_of",
     "base_weights",
@@ -96,6 +97,12 @@ def adapter_config(model: torch.nn.Module, adapter: str) -> dict[str, Any]:
 
 def adapter_weights_of(model: torch.nn.Module, adapter: str) -> tuple[Weight, ...]:
     """What one adapter has to send."""
+    tensors = adapter_parameters(model, adapter)
+    return tuple(Weight.of((name,), tensor) for name, tensor in tensors.items())
+
+
+def adapter_parameters(model: torch.nn.Module, adapter: str) -> State:
+    """One adapter's live parameters, under the names that they have in peft's files."""
     from peft import get_peft_model_state_dict
 
     found = _peft(model, [adapter])
@@ -105,7 +112,7 @@ def adapter_weights_of(model: torch.nn.Module, adapter: str) -> tuple[Weight, ..
     tensors: State = get_peft_model_state_dict(
         found, state_dict=state, adapter_name=adapter, save_embedding_layers=False
     )
-    return tuple(Weight.of((name,), tensor) for name, tensor in unwrapped(tensors).items())
+    return unwrapped(tensors)
 
 
 def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:

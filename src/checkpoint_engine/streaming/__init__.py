@@ -14,6 +14,8 @@ if _TYPE_CHECKING:
         NCCLCheckpointEngine,
     )
     from checkpoint_engine.streaming.cuda_ipc import CudaIpcCheckpointEngine
+    from checkpoint_engine.streaming.manager import CheckpointEngineManager
+    from checkpoint_engine.streaming.mixin import CheckpointEngineMixin
     from checkpoint_engine.streaming.names import engine_class, engine_names, new_engine
     from checkpoint_engine.streaming.ray_actors import RayCheckpointEngine
     from checkpoint_engine.streaming.shared_memory import SharedMemoryCheckpointEngine
@@ -21,6 +23,8 @@ if _TYPE_CHECKING:
 __all__ = [
     "CheckpointEngine",
     "CudaIpcCheckpointEngine",
+    "CheckpointEngineManager",
+    "CheckpointEngineMixin",
     "GlooCheckpointEngine",
     "HCCLCheckpointEngine",
     "NCCLCheckpointEngine",
@@ -35,6 +39,8 @@ __all__ = [
 _HOMES = {
     "CheckpointEngine": "base",
     "CudaIpcCheckpointEngine": "cuda_ipc",
+    "CheckpointEngineManager": "manager",
+    "CheckpointEngineMixin": "mixin",
     "GlooCheckpointEngine": "collective",
     "HCCLCheckpointEngine": "collective",
     "NCCLCheckpointEngine": "collective",

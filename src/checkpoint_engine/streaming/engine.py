@@ -111,6 +111,20 @@ class StreamingEngine(CheckpointEngine):
         """This process's, once it has met the others; -1 of a trainer's that does not send."""
         return self._rank
 
+    @property
+    def link(self) -> Link:
+        """This process's part in the stream; raises UsageError before it has met the others."""
+        return self._met()
+
+    @property
+    def settings(self) -> Settings:
+        """What it was made with."""
+        return self._settings
+
+    def lost(self) -> list[int]:
+        """Which receivers have died, as far as rank 0 has noticed."""
+        return self._lines.broken() if self._lines is not None else []
+
     def prepare(self) -> dict[str, Any]:
         """Begin to listen, if this is the master. May be called again.
 

@@ -78,6 +78,11 @@ class Link:
         """This one."""
         return self.rendezvous.rank
 
+    @property
+    def number(self) -> int:
+        """Of the cycle that was begun or joined last."""
+        return self._past[-1].number
+
     def begin(self) -> Cycle:
         """The sender's next cycle, which receivers see from now on."""
         cycle = self._cycle(self._speaking.add("cycles", 1))

@@ -13,11 +13,13 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ["Worker", "in_thread"]
+import torch
+
+__all__ = ["Worker", "blocking", "in_thread"]
 
 STOP_SECONDS = 30.0
 
@@ -29,6 +31,25 @@ async def in_thread(call: Callable[[], Result]) -> Result:
     future: Future[Result] = Future()
     threading.Thread(target=_run, args=(future, call), name="ckpt-wait", daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+def blocking(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end, in a loop of its own; this thread's may be running."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    # A thread begins on the first device, whatever this one's is.
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def run() -> Result:
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        return asyncio.run(work)
+
+    future: Future[Result] = Future()
+    threading.Thread(target=_run, args=(future, run), name="ckpt-loop", daemon=True).start()
+    return future.result()
 
 
 class Worker:

@@ -1,0 +1,235 @@
+"""A trainer's new weights on all of its samplers, in one call.
+
+    manager = CheckpointEngineManager(model=trainers, sampler=samplers)     # the driver of Ray
+    manager = CheckpointEngineManager(model=self, rank=0, world_size=4)     # plain processes: the
+    manager = CheckpointEngineManager(sampler=self, rank=2, world_size=4)   # same in each of them
+    report = manager.sync_weights(label="step-120")
+
+It only sets going what `CheckpointEngineMixin` does in each process: the tensors, and the votes on
+them, go from the trainer to the samplers and not through here. So a driver that dies half way
+leaves nobody between two versions.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
+from typing import Any
+
+import torch.distributed as dist
+
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineExceeded,
+    PeerLost,
+    UpdateFailed,
+    UsageError,
+)
+from checkpoint_engine.streaming.base import CheckpointEngine
+from checkpoint_engine.update.protocol import Report
+
+__all__ = ["CheckpointEngineManager"]
+
+LEAVE_SECONDS = 30.0
+
+
+class CheckpointEngineManager:
+    """See the module's text.
+
+    With both sides it drives them: each is one object with `CheckpointEngineMixin`, a list of them,
+    a list of Ray actors whose class has it, or a group that has such a list as `_actors`. The first
+    of the trainer's sends. With one side it is that process's part alone: the others have managers
+    of their own, and all call the same methods equally often.
+
+    Args:
+        model: the trainer's process, or all of them, the first one first.
+        sampler: a sampler, or all of them.
+        rank: of one side: 0 is the trainer's first process, -1 another of its, samplers follow from
+            1 on. Default for a trainer: 0 or -1, by its rank in `torch.distributed`.
+        world_size: of one side: the trainer's first process and all samplers.
+        master_metadata: of one side: where the first process is, what its `metadata` says; default
+            is what `$MASTER_ADDR` and `$MASTER_PORT` say.
+        timeout_seconds: the longest that one call may take; every wait in it is shorter.
+
+    Raises:
+        UsageError: these cannot be the sides of a sync.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        sampler: Any = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        master_metadata: Mapping[str, Any] | None = None,
+        timeout_seconds: float = 3600.0,
+    ) -> None:
+        self._trainers, self._samplers = _members(model), _members(sampler)
+        self._timeout_seconds = timeout_seconds
+        self._metadata = master_metadata
+        self._drives = bool(self._trainers and self._samplers)
+        self._has_met = False
+        if self._drives:
+            if (rank, world_size, master_metadata) != (None, None, None):
+                raise UsageError("rank, world_size and master_metadata are of one side alone")
+            return
+        if len(self._trainers) + len(self._samplers) != 1:
+            raise UsageError("give model= and sampler=, or the one of them that this process is")
+        if world_size is None or (self._samplers and rank is None):
+            raise UsageError("one side needs world_size=, and a sampler its rank= from 1 on")
+        self._rank = _trainer_rank() if rank is None else rank
+        self._world_size = world_size
+        if (self._rank > 0) != bool(self._samplers) or not -1 <= self._rank < world_size:
+            raise UsageError(f"rank {self._rank} of {world_size} is not one of this side's")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where the trainer's first process is, for the others' `master_metadata`; its own only."""
+        if self._drives or self._rank != 0:
+            raise UsageError("the trainer's first process knows where it is: ask its manager")
+        found: dict[str, Any] = self._trainers[0].prepare_checkpoint_engine(True)
+        return found
+
+    def sync_weights(
+        self, merge_and_sync: bool = True, adapter_name: str | None = None, *, label: str = ""
+    ) -> Report:
+        """Have all samplers serve what the trainer has, or none.
+
+        Training goes on from the same bits afterwards; it waits until this returns.
+
+        Args:
+            merge_and_sync: send the whole model, with its adapters merged if it has any. False
+                sends an adapter, and before it the base to samplers that do not serve it.
+            adapter_name: which one; default those that are active.
+            label: what to call the version; default "sync-1" and so on.
+
+        Raises:
+            UsageError: the model has no such adapter.
+            UpdateFailed: not published; says which sampler could not, and why. All others serve
+                what they served before; `report` says what each does, if it came so far.
+            DeadlineExceeded, PeerLost: a trainer's process, or a sampler, cannot be reached.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        self._meet(deadline)
+        sending = [
+            (f"trainer {index}", _start(one, "send_weights", merge_and_sync, adapter_name, label))
+            for index, one in enumerate(self._trainers)
+        ]
+        receiving = [
+            (f"sampler {index}", _start(one, "receive_weights"))
+            for index, one in enumerate(self._samplers)
+        ]
+        report: Report = _first_result([*sending, *receiving], deadline)
+        return report
+
+    def close(self) -> None:
+        """Leave; samplers go on serving."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        members = [*self._samplers, *self._trainers]
+        futures = [_start(member, "finalize_checkpoint_engine") for member in members]
+        wait_for(futures, deadline - time.monotonic())
+        self._has_met = False
+
+    def _meet(self, deadline: float) -> None:
+        """Again each time, since a sampler may have been started anew; who has met does nothing."""
+        if not self._drives:
+            (own,) = [*self._trainers, *self._samplers]
+            own.prepare_checkpoint_engine(self._rank == 0)
+            own.init_checkpoint_process_group(self._rank, self._world_size, self._metadata)
+            return
+        if not self._has_met:
+            self.close()  # who has met others before
+        members = [*self._trainers, *self._samplers]
+        prepared = [
+            (_name(self, member), _start(member, "prepare_checkpoint_engine", index == 0))
+            for index, member in enumerate(members)
+        ]
+        metadata = [found or {} for found in _results(prepared, deadline)]
+        sides = CheckpointEngine.build_topology(len(self._trainers), len(self._samplers), metadata)
+        each = [
+            (side["rank"][index], side["world_size"][index], side["master_metadata"][index])
+            for side in sides
+            for index in range(len(side["rank"]))
+        ]
+        joined = [
+            (_name(self, member), _start(member, "init_checkpoint_process_group", *arguments))
+            for member, arguments in zip(members, each, strict=True)
+        ]
+        _results(joined, deadline)
+        self._has_met = True
+
+
+def _members(side: Any) -> list[Any]:
+    if side is None:
+        return []
+    found = getattr(side, "_actors", side)
+    return list(found) if isinstance(found, Sequence) else [found]
+
+
+def _name(manager: CheckpointEngineManager, member: Any) -> str:
+    for what, members in (("trainer", manager._trainers), ("sampler", manager._samplers)):
+        for index, one in enumerate(members):
+            if one is member:
+                return f"{what} {index}"
+    raise AssertionError("a member of one side")
+
+
+def _trainer_rank() -> int:
+    return -1 if dist.is_available() and dist.is_initialized() and dist.get_rank() else 0
+
+
+def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
+    """Call a method of an object on a thread, or of a Ray actor where it is."""
+    call = getattr(member, method)
+    if hasattr(call, "remote"):
+        found: Future[Any] = call.remote(*arguments).future()
+        return found
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ckpt-sync", daemon=True).start()
+    return future
+
+
+def _results(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> list[Any]:
+    """What all of them give; raises what the first one did that failed."""
+    return [_result(name, future, deadline) for name, future in started]
+
+
+def _first_result(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> Any:
+    """What the first of them gives, when all have ended: it knows best how it went."""
+    (name, first), *others = started
+    try:
+        return _result(name, first, deadline)
+    finally:
+        wait_for([future for _, future in others], deadline - time.monotonic())
+
+
+def _result(name: str, future: Future[Any], deadline: float) -> Any:
+    try:
+        return future.result(deadline - time.monotonic())
+    except (FutureTimeoutError, TimeoutError) as error:
+        if future.done():
+            raise
+        raise DeadlineExceeded(f"{name} does not answer: is it up, and not held?") from error
+    except CheckpointEngineError:
+        raise
+    except Exception as error:
+        cause = getattr(error, "cause", None)  # what a Ray actor raised
+        if isinstance(cause, UpdateFailed):
+            raise UpdateFailed(str(cause), cause.report) from error
+        if isinstance(cause, CheckpointEngineError):
+            raise type(cause)(str(cause)) from error
+        if type(error).__name__ in ("ActorDiedError", "RayActorError", "ActorUnavailableError"):
+            raise PeerLost(f"{name} is gone: {error}") from error
+        raise

@@ -1,0 +1,157 @@
+"""What a trainer's or a sampler's class mixes in to take part in `CheckpointEngineManager`'s syncs.
+
+    class Trainer(CheckpointEngineMixin):
+        def __init__(self): self.model = ...        # plain, sharded by FSDP2, with peft's LoRA
+
+    class Sampler(CheckpointEngineMixin):
+        def __init__(self): self.model = ...        # whose weights are replaced in place
+        def hold_requests(self, timeout_seconds): self.lock.acquire(timeout=timeout_seconds)
+        def release_requests(self): self.lock.release()
+
+Its methods are called by a manager, in this process or, if it is a Ray actor, by the driver's.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from checkpoint_engine.device_utils import DeviceManager
+from checkpoint_engine.errors import UsageError
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.streaming.engine import StreamingEngine
+from checkpoint_engine.streaming.names import new_engine
+from checkpoint_engine.streaming.sampler import SamplerSide, Seats
+from checkpoint_engine.streaming.trainer import FollowingSide, TrainerSide
+from checkpoint_engine.update.protocol import Report
+
+__all__ = ["CheckpointEngineMixin"]
+
+
+class CheckpointEngineMixin:
+    """See the module's text. Calls come from one thread at a time; requests may run in others.
+
+    A sampler that has no model in this process defines `load_weights(named)` instead: it takes a
+    list of names and tensors, all of a version, which it may not keep.
+
+    Attributes:
+        model: the trainer's, or the sampler's; peft's model takes its place with a first adapter.
+        checkpoint_engine_name: of a streaming engine. Default "nccl" where there are GPUs, "hccl"
+            for NPUs, else "ray" in Ray's actors and "gloo" elsewhere.
+        checkpoint_engine_settings: what it is made with, such as `timeout`.
+    """
+
+    model: Any
+    checkpoint_engine_name: ClassVar[str | None] = None
+    checkpoint_engine_settings: ClassVar[Mapping[str, Any]] = {}
+
+    _checkpoint_engine: StreamingEngine | None = None
+    _checkpoint_side: TrainerSide | FollowingSide | SamplerSide | None = None
+    _checkpoint_seats: Seats | None = None
+
+    # ── what a sampler's class may define ───────────────────────────────────────────────────
+
+    def hold_requests(self, timeout_seconds: float) -> None:
+        """Stop requests, or raise DeadlineExceeded; weights change until `release_requests`."""
+
+    def release_requests(self) -> None:
+        """Let requests go on."""
+
+    # ── what a sampler serves ───────────────────────────────────────────────────────────────
+
+    def served_version(self) -> Version | None:
+        """The weights that are served, None before the first sync, or if they are of none."""
+        return self._checkpoint_seats.version if self._checkpoint_seats else None
+
+    def adapters(self) -> dict[str, Version]:
+        """The adapters that are attached, by name; `parent` is the base that each is made for."""
+        return dict(self._checkpoint_seats.adapters) if self._checkpoint_seats else {}
+
+    def detach_adapter(self, name: str) -> None:
+        """Take an adapter off; requests must wait.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        if self._checkpoint_seats is None:
+            raise UsageError(f"no adapter {name!r} is attached: nothing was received yet")
+        self._checkpoint_seats.detach(name)
+
+    # ── what a manager calls ────────────────────────────────────────────────────────────────
+
+    def prepare_checkpoint_engine(self, is_master: bool) -> dict[str, Any]:
+        """Get ready to meet; returns where the master is, if this is it."""
+        engine = self._engine()
+        engine.is_master = is_master
+        return engine.prepare()
+
+    def init_checkpoint_process_group(
+        self, rank: int, world_size: int, master_metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Meet: 0 is the trainer's first process, -1 its others, samplers follow from 1 on.
+
+        Raises:
+            UsageError: a sampler has neither a model nor `load_weights`.
+            DeadlineExceeded: the trainer cannot be reached.
+        """
+        engine = self._engine()
+        if self._checkpoint_side is not None and engine.rank == rank:
+            return
+        if rank > 0 and self._checkpoint_seats is None:
+            self._checkpoint_seats = Seats(self)
+        engine.init_process_group(rank, world_size, master_metadata)
+        if rank == 0:
+            self._checkpoint_side = TrainerSide(engine)
+        elif rank < 0:
+            seconds = engine.settings.timeout_seconds
+            self._checkpoint_side = FollowingSide(engine.meeting(master_metadata), seconds)
+        else:
+            assert self._checkpoint_seats is not None, "made above"
+            self._checkpoint_side = SamplerSide(engine, self._checkpoint_seats)
+
+    def send_weights(
+        self, merge_and_sync: bool = True, adapter_name: str | None = None, label: str = ""
+    ) -> Report:
+        """A trainer's part in a sync: see `CheckpointEngineManager.sync_weights`."""
+        side = self._checkpoint_side
+        if not isinstance(side, (TrainerSide, FollowingSide)):
+            raise UsageError("init_checkpoint_process_group comes first, with rank 0 or -1")
+        return side.sync(self.model, merge_and_sync, adapter_name, label)
+
+    def receive_weights(self) -> Report:
+        """A sampler's part in a sync: see `CheckpointEngineManager.sync_weights`."""
+        side = self._checkpoint_side
+        if not isinstance(side, SamplerSide):
+            raise UsageError("init_checkpoint_process_group comes first, with a rank from 1 on")
+        return side.sync()
+
+    def finalize_checkpoint_engine(self) -> None:
+        """Leave the others; what is served stays."""
+        if self._checkpoint_side is not None:
+            self._checkpoint_side.close()
+        if self._checkpoint_engine is not None:
+            self._checkpoint_engine.finalize()
+        self._checkpoint_side = self._checkpoint_engine = None
+
+    def _engine(self) -> StreamingEngine:
+        if self._checkpoint_engine is None:
+            name = self.checkpoint_engine_name or _default_name()
+            settings = dict(self.checkpoint_engine_settings)
+            if name == "ray":  # the manager tells who is where, so the name is not looked for
+                settings.setdefault("group_name", secrets.token_hex(8))
+            engine = new_engine(name, **settings)
+            if not isinstance(engine, StreamingEngine):
+                raise UsageError(
+                    f"the engine {name!r} has no way for votes: a manager needs a subclass of "
+                    "StreamingEngine"
+                )
+            self._checkpoint_engine = engine
+        return self._checkpoint_engine
+
+
+def _default_name() -> str:
+    backend = DeviceManager().backend
+    ray = sys.modules.get("ray")
+    return "ray" if backend == "gloo" and ray is not None and ray.is_initialized() else backend

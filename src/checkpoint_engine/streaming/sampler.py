@@ -1,0 +1,352 @@
+"""A sampler's side of a sync: versions are received whole, and served when all samplers have them.
+
+What is served is under `Seat`s: one for the model's weights, one for each adapter that is attached
+to it. Each knows its version, and goes back to the one before if the transaction fails.
+
+    side = SamplerSide(engine, sampler)
+    report = side.sync()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import msgspec
+import torch
+
+from checkpoint_engine.adapters.attached import AttachedAdapter, Base
+from checkpoint_engine.adapters.base import Adapter, Content, Identity, Served
+from checkpoint_engine.adapters.callback import CallbackAdapter, Kept
+from checkpoint_engine.adapters.held import Held
+from checkpoint_engine.adapters.transformers import TransformersAdapter
+from checkpoint_engine.errors import (
+    AdapterError,
+    CheckpointEngineError,
+    RemoteError,
+    UpdateFailed,
+    UpdateRefused,
+    UsageError,
+    VerificationError,
+)
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.streaming.engine import StreamingEngine
+from checkpoint_engine.streaming.messages import with_sender
+from checkpoint_engine.streaming.threads import blocking, in_thread
+from checkpoint_engine.streaming.transaction import sampler_name, take_part
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update.protocol import Report, decode, explain
+
+__all__ = ["Ending", "Order", "Sampler", "SamplerSide", "Seats", "raise_failed"]
+
+CPU = torch.device("cpu")
+PATIENCE = 4  # timeouts: all that happens between an order and its end has a deadline of its own
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What was sent.
+
+    Attributes:
+        kind: "weights" of a whole model, "merged" with adapters, a "base" without, or an "adapter".
+        version: what it is; of an adapter `parent` is the base that it is made for.
+        adapter: its name.
+    """
+
+    kind: str
+    version: Version
+    adapter: str = ""
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How a version ended; `more`: another comes in the same call."""
+
+    report: Report | None = None
+    error: RemoteError | None = None
+    more: bool = False
+
+
+class Sampler(Protocol):
+    """Who samples: see `CheckpointEngineMixin`, which has all of these."""
+
+    model: Any
+
+    def hold_requests(self, timeout_seconds: float) -> None:
+        """Stop them."""
+        ...
+
+    def release_requests(self) -> None:
+        """Let them go on."""
+        ...
+
+
+class SamplerSide:
+    """This sampler's part in a stream that it has joined. Borrows all that it is given.
+
+    Args:
+        engine: has met the others.
+        seats: what is served, which outlives this.
+    """
+
+    def __init__(self, engine: StreamingEngine, seats: Seats) -> None:
+        self._engine, self._seats = engine, seats
+        self._keys = engine.link.rendezvous.fork()
+        self._timeout_seconds = engine.link.settings.timeout_seconds
+        self._past: list[Rendezvous] = []
+
+    def sync(self) -> Report:
+        """Take what comes; returns how it went for all samplers.
+
+        Raises:
+            UpdateFailed: it is not served; what was served before is, by every sampler, or the
+                report says otherwise.
+        """
+        while True:
+            ending = self._one()
+            if not ending.more:
+                return raise_failed(ending)
+
+    def close(self) -> None:
+        """Leave."""
+        self._keys.give_back()
+
+    def _one(self) -> Ending:
+        try:
+            held = blocking(self._received())
+        except CheckpointEngineError as error:
+            raise UpdateFailed(f"nothing was changed: {error}") from error
+        keys = self._keys.scope(f"sync {self._engine.link.number}")
+        self._past = [*self._past[-1:], keys]
+        if len(self._past) > 1:
+            self._past[0].clear()
+        with with_sender():
+            order = decode(keys.get("order", PATIENCE * self._timeout_seconds), Order)
+        seat = self._seats.seat(order, sampler_name(keys.rank))
+        outcome = seat.take(held, lambda adapter: take_part(keys, adapter))
+        if outcome.state == "published":
+            self._seats.published(order)
+        elif outcome.state == "torn":
+            self._seats.torn(order)
+        try:
+            with with_sender():
+                ending: Ending = decode(keys.get("end", PATIENCE * self._timeout_seconds), Ending)
+        except CheckpointEngineError as error:
+            raise UpdateFailed(f"{outcome.state} here, and no more is known: {error}") from error
+        return ending
+
+    async def _received(self) -> Held:
+        tensors: dict[str, torch.Tensor] = {}
+        async for name, tensor in self._engine.receive_weights():
+            tensors[name] = tensor.to("cpu", copy=True)
+        held = await in_thread(lambda: Held(tensors))
+        version = self._engine.version
+        if version is None or version.digest != held.manifest.digest:
+            raise VerificationError("what is held here is not what arrived: memory has changed it")
+        return held
+
+
+class Seats:
+    """What a sampler serves: its weights, and the adapters on them.
+
+    Attributes:
+        version: of the weights that are served, None if none was received or they are torn.
+        adapters: versions of those that are attached, by name.
+
+    Raises:
+        UsageError: the sampler has neither a model nor a loader.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._weights = Seat(_weights_adapter(sampler), sampler)
+        self._attached: dict[str, Seat] = {}
+        self.version: Version | None = None
+        self.adapters: dict[str, Version] = {}
+
+    def seat(self, order: Order, name: str) -> Seat:
+        """Where a version of this kind goes; it may refuse it."""
+        seat = self._weights
+        if order.kind == "adapter" and not hasattr(self._sampler, "load_weights"):
+            if order.adapter not in self._attached:
+                attached = AttachedAdapter(self._sampler, order.adapter, self._base)
+                self._attached[order.adapter] = Seat(attached, self._sampler)
+            seat = self._attached[order.adapter]
+        seat.adapter.identity = Identity(replica=name, engine=name)
+        seat.refusal = self._refusal(order)
+        return seat
+
+    def _base(self) -> str | None:
+        return self.version.digest if self.version else None
+
+    def _refusal(self, order: Order) -> str:
+        if order.kind == "adapter" and hasattr(self._sampler, "load_weights"):
+            return (
+                "this sampler loads weights by itself, and has no model to which an adapter could "
+                "be attached; vLLM and SGLang take adapters by ParameterServer.update(lora=...)"
+            )
+        if order.kind in ("weights", "merged") and self.adapters:
+            return (
+                f"adapters are attached here ({', '.join(self.adapters)}), and would be applied to "
+                "what was merged: take them off by detach_adapter(name), or sync with "
+                "merge_and_sync=False"
+            )
+        return ""
+
+    def published(self, order: Order) -> None:
+        """This is what is served now."""
+        if order.kind == "adapter":
+            self.adapters[order.adapter] = order.version
+        else:
+            self.version = order.version
+
+    def torn(self, order: Order) -> None:
+        """What is served is no version."""
+        if order.kind == "adapter":
+            self.adapters.pop(order.adapter, None)
+        else:
+            self.version = None
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        if name not in self.adapters:
+            raise UsageError(f"no adapter {name!r} is attached; there are {list(self.adapters)}")
+        adapter = self._attached.pop(name).adapter
+        assert isinstance(adapter, AttachedAdapter), "an adapter's seat"
+        adapter.detach()
+        del self.adapters[name]
+
+
+class Seat:
+    """An adapter, the version that it is to take, and the requests that wait meanwhile.
+
+    What it does not say itself, its adapter does; together they are an `adapters.base.Adapter`.
+    """
+
+    def __init__(self, adapter: Adapter, sampler: Sampler) -> None:
+        self.adapter, self._sampler = adapter, sampler
+        self.refusal = ""
+        self._offered: Held | None = None
+        self._served: Held | None = None
+        self._holds = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.adapter, name)
+
+    def take(self, held: Held, transact: Callable[[Adapter], Any]) -> Any:
+        """Offer what was received to a transaction; it is released unless it is served."""
+        self._offered = held
+        try:
+            outcome = transact(cast(Adapter, self))
+        finally:
+            self._offered = None
+        if outcome.state == "published":
+            before, self._served = self._served, held
+            if before is not None:
+                before.release()  # an adapter would keep it to return to it later
+        return outcome
+
+    def recall(self, digest: str) -> Content | None:
+        """What was received is here already."""
+        return self._offered
+
+    def prepare(self, content: Content, version: Version) -> str:
+        """Refuse what cannot be served here, else as the adapter."""
+        if self.refusal:
+            content.release()
+            raise UpdateRefused(self.refusal)
+        return self.adapter.prepare(content, version)
+
+    def pause(self, timeout_seconds: float) -> None:
+        """Stop requests."""
+        self._sampler.hold_requests(timeout_seconds)
+        self.adapter.pause(timeout_seconds)
+
+    def resume(self) -> None:
+        """Let requests go on."""
+        self.adapter.resume()
+        self._sampler.release_requests()
+
+
+class _Quiet:
+    """The server around a model, whose requests a `Seat` holds."""
+
+    def accept(self, version: Version) -> None:
+        """Any version."""
+
+    def hold(self, timeout_seconds: float) -> None:
+        """Held already."""
+
+    def publish(self, version: Version, served: Served) -> None:
+        """The seats are told."""
+
+    def release(self) -> None:
+        """Released afterwards."""
+
+    def quarantine(self, reason: str) -> None:
+        """The report says it."""
+
+    def tear(self, reason: str) -> None:
+        """Requests stay held."""
+
+
+class _Loader:
+    """Writes whole versions into a model that is not in host memory, and reads them back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def live(self) -> dict[str, torch.Tensor]:
+        """What the model has, by the names of its base."""
+        found: dict[str, torch.Tensor] = _base_of(self._model).state_dict()
+        return found
+
+    @torch.no_grad()
+    def __call__(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        live = self.live()
+        given = {live[name].data_ptr() for name, _ in named if name in live}
+        missing = [name for name, tensor in live.items() if tensor.data_ptr() not in given]
+        for name, tensor in named:
+            if name not in live or live[name].shape != tensor.shape:
+                raise AdapterError(f"the model has no {name!r} of shape {list(tensor.shape)}")
+        if missing:
+            raise AdapterError(f"the version lacks {missing[0]!r}")
+        for name, tensor in named:
+            live[name].copy_(tensor)
+        for name, tensor in named:
+            if not torch.equal(live[name].cpu(), tensor.to(live[name].dtype)):
+                raise VerificationError(f"{name!r} is live with other values than were sent")
+
+
+def _weights_adapter(sampler: Sampler) -> Adapter:
+    load = getattr(sampler, "load_weights", None)
+    identity = Identity(replica="sampler", engine="sampler")
+    if load is not None:
+        return CallbackAdapter(load, None, CPU, Kept())
+    model = getattr(sampler, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(
+            "a sampler has a torch module as `model`, or takes lists of (name, tensor) by a method "
+            "`load_weights`"
+        )
+    if all(tensor.is_cpu for tensor in model.state_dict().values()):
+        return TransformersAdapter(_base_of(model), identity, _Quiet())
+    loader = _Loader(model)
+    before = Held({name: one.to("cpu", copy=True) for name, one in loader.live().items()})
+    return CallbackAdapter(loader, None, CPU, Kept(served=before))
+
+
+def _base_of(model: torch.nn.Module) -> torch.nn.Module:
+    return Base(model) if hasattr(model, "get_base_model") else model
+
+
+def raise_failed(ending: Ending) -> Report:
+    """The report of a version that is served; raises UpdateFailed of one that is not."""
+    report = ending.report
+    if report is None:
+        raise UpdateFailed(ending.error.message if ending.error else "it ended without a report")
+    if report.outcome != "published":
+        raise UpdateFailed(explain(report), report)
+    return report

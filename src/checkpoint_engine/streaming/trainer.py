@@ -1,0 +1,252 @@
+"""A trainer's side of a sync: what is sent, in which order, and who decides.
+
+All processes of a trainer make the weights together, as far as the model is sharded over them; the
+first sends them and conducts the transaction. The others read from its keys what to make, since
+that depends on what samplers serve: an adapter's base is sent before it to those who lack it.
+
+    side = TrainerSide(engine, meeting)
+    report = side.sync(model, merge_and_sync=False, adapter_name="default", label="step-120")
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+
+from checkpoint_engine.adapters.attached import CONFIG_NAME, LacksBase, encoded_config
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineExceeded,
+    RemoteError,
+    UpdateFailed,
+    UsageError,
+)
+from checkpoint_engine.manifest import Version
+from checkpoint_engine.sources.lora import (
+    adapter_config,
+    adapter_weights,
+    base_weights,
+    merged_weights,
+)
+from checkpoint_engine.sources.training import inner_model, named_weights
+from checkpoint_engine.streaming.base import StreamReport
+from checkpoint_engine.streaming.engine import StreamingEngine
+from checkpoint_engine.streaming.messages import with_sender
+from checkpoint_engine.streaming.sampler import PATIENCE, Ending, Order, raise_failed
+from checkpoint_engine.streaming.threads import blocking
+from checkpoint_engine.streaming.transaction import conduct
+from checkpoint_engine.transport.meeting import Meeting
+from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update.protocol import Report, decode
+
+__all__ = ["FollowingSide", "TrainerSide"]
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class _Step(msgspec.Struct, frozen=True, kw_only=True):
+    """What the first process tells the others: what to make next, or how it ended."""
+
+    kind: str = ""
+    adapter: str = ""
+    ending: Ending | None = None
+
+
+class TrainerSide:
+    """The first process of a trainer. Borrows the engine, which has met the samplers."""
+
+    def __init__(self, engine: StreamingEngine) -> None:
+        self._engine = engine
+        self._keys = engine.link.rendezvous.fork()
+        self._timeout_seconds = engine.link.settings.timeout_seconds
+        self._past: list[Rendezvous] = []
+        self._num_syncs = 0
+        self._base: Version | None = None
+
+    def sync(
+        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+    ) -> Report:
+        """Send what there is to be sent; returns when all samplers serve it.
+
+        Raises:
+            UsageError: the model has no such adapter.
+            UpdateFailed: no sampler serves it; says which one could not, and why.
+        """
+        self._num_syncs += 1
+        steps = self._scope(f"steps {self._num_syncs}").log("steps")
+        try:
+            kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
+            ending = self._send(model, kind, adapter, label, steps)
+        except CheckpointEngineError as error:
+            said = _Step(ending=Ending(error=RemoteError.of(error)))
+            steps.append(msgspec.msgpack.encode(said))
+            raise
+        steps.append(msgspec.msgpack.encode(_Step(ending=ending)))
+        return raise_failed(ending)
+
+    def close(self) -> None:
+        """Leave."""
+        self._keys.give_back()
+
+    def _what_to_send(
+        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None
+    ) -> tuple[str, str]:
+        try:
+            return what_to_send(model, merge_and_sync, adapter_name)
+        except UsageError as error:
+            with contextlib.suppress(UpdateFailed):  # tells the samplers, which wait for tensors
+                self._stream(_failing(error), "")
+            raise
+
+    def _send(
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Any
+    ) -> Ending:
+        if kind != "adapter":
+            return self._one(model, kind, "", label, steps, more=False)
+        for _ in range(2):
+            if self._base is None:
+                of_base = f"{label}-base" if label else ""
+                ending = self._one(model, "base", "", of_base, steps, more=True)
+                if not ending.more:
+                    return ending
+            ending = self._one(model, kind, adapter, label, steps, more=False)
+            if not ending.more:
+                return ending
+            self._base = None  # a sampler was started anew, or has served something else since
+        return msgspec.structs.replace(ending, more=False)
+
+    def _one(
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Any, *, more: bool
+    ) -> Ending:
+        """Send one version. `more`: whether another is to follow if it is served."""
+        steps.append(msgspec.msgpack.encode(_Step(kind=kind, adapter=adapter)))
+        weights = made(model, kind, adapter, self._timeout_seconds)
+        sent = self._stream(weights, label)
+        parent = self._base.digest if kind == "adapter" and self._base else None
+        version = Version(label=sent.label, digest=sent.digest, parent=parent)
+        order = Order(kind=kind, version=version, adapter=adapter)
+        keys = self._scope(f"sync {self._engine.link.number}")
+        keys.put("order", msgspec.msgpack.encode(order))
+        report = conduct(keys, version, sent.num_bytes, self._engine.lost, self._timeout_seconds)
+        if kind == "adapter":
+            is_again = report.reason is not None and report.reason.type == LacksBase.__name__
+        else:
+            is_again = more and report.outcome == "published"
+            self._base = version if report.outcome == "published" else None
+        ending = Ending(report=report, more=is_again)
+        keys.put("end", msgspec.msgpack.encode(ending))
+        return ending
+
+    def _stream(self, weights: Weights, label: str) -> StreamReport:
+        async def send() -> StreamReport | None:
+            return await self._engine.send_weights(weights, label=label)
+
+        try:
+            sent = blocking(send())
+        except CheckpointEngineError as error:
+            for _ in weights:  # the trainer's other processes go on making them
+                pass
+            raise UpdateFailed(f"nothing was changed: {error}") from error
+        assert sent is not None, "rank 0 sends"
+        return sent
+
+    def _scope(self, name: str) -> Rendezvous:
+        keys = self._keys.scope(name)
+        while len(self._past) > 4:  # what is read by somebody still is younger
+            self._past.pop(0).clear()
+        self._past.append(keys)
+        return keys
+
+
+class FollowingSide:
+    """Another process of a trainer: it makes weights, and hears how it ended.
+
+    Args:
+        meeting: where the first one is.
+        timeout_seconds: the longest wait for it to go on.
+    """
+
+    def __init__(self, meeting: Meeting, timeout_seconds: float) -> None:
+        self._keys = Rendezvous.at(meeting, -1, 1, timeout_seconds=timeout_seconds)
+        self._timeout_seconds = timeout_seconds
+        self._num_syncs = 0
+
+    def sync(
+        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+    ) -> Report:
+        """As `TrainerSide.sync`, in step with it."""
+        self._num_syncs += 1
+        steps = self._keys.scope(f"steps {self._num_syncs}").log("steps")
+        what_to_send(model, merge_and_sync, adapter_name)
+        while (ending := (step := self._next(steps)).ending) is None:
+            for _ in made(model, step.kind, step.adapter, self._timeout_seconds):
+                pass
+        return raise_failed(ending)
+
+    def close(self) -> None:
+        """Leave."""
+        self._keys.give_back()
+
+    def _next(self, steps: Any) -> _Step:
+        try:
+            with with_sender():
+                step: _Step = decode(steps.next(PATIENCE * self._timeout_seconds), _Step)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(
+                "the trainer's first process does not say what to send: all of its processes call "
+                "sync_weights() alike"
+            ) from error
+        return step
+
+
+def what_to_send(
+    model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None
+) -> tuple[str, str]:
+    """The kind of an `Order`, and the adapter's name; "" for those that are active.
+
+    Raises:
+        UsageError: the model has no such adapter, or none at all.
+    """
+    found: Any = inner_model(model)
+    if not hasattr(found, "peft_config"):
+        if merge_and_sync and adapter_name is None:
+            return "weights", ""
+        raise UsageError(
+            f"a {type(found).__name__} has no adapters: wrap it with peft, or sync with "
+            "merge_and_sync=True and no adapter_name"
+        )
+    names = list(found.peft_config)
+    if adapter_name is not None and adapter_name not in names:
+        raise UsageError(f"there is no adapter {adapter_name!r}; the model has {names}")
+    if merge_and_sync:
+        return "merged", adapter_name or ""
+    active = list(found.active_adapters)
+    if adapter_name is None and len(active) != 1:
+        raise UsageError(f"say which adapter to send by adapter_name=: {active} are active")
+    return "adapter", adapter_name or active[0]
+
+
+def made(model: torch.nn.Module, kind: str, adapter: str, timeout_seconds: float) -> Weights:
+    """The tensors of an order; on the trainer's first process alone, and made by all."""
+    options: dict[str, Any] = {"timeout_seconds": timeout_seconds}
+    if kind == "weights":
+        return named_weights(model, **options)
+    if kind == "merged":
+        return merged_weights(model, adapters=[adapter] if adapter else None, **options)
+    if kind == "base":
+        return base_weights(model, **options)
+    return _with_config(model, adapter, options)
+
+
+def _failing(error: UsageError) -> Weights:
+    raise error
+    yield  # makes it a generator
+
+
+def _with_config(model: torch.nn.Module, adapter: str, options: dict[str, Any]) -> Weights:
+    yield from adapter_weights(model, adapter, **options)
+    yield CONFIG_NAME, encoded_config(adapter_config(model, adapter))

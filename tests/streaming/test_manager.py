@@ -1,0 +1,266 @@
+"""The whole cycle in one call, in one process: what samplers serve, and what trainers keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sync_models import Sampler, Trainer, as_text, greedy, llama, logits, lora, merged_by_hand
+from sync_models import with_adapter as peft_model
+
+from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
+from checkpoint_engine.errors import UsageError
+from checkpoint_engine.sources import TensorSource
+from checkpoint_engine.store import digest_in_place
+from checkpoint_engine.streaming import SharedMemoryCheckpointEngine
+
+# peft 0.21 asks transformers 5 by a name that it is to lose
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+Manage = Callable[..., CheckpointEngineManager]
+
+
+@pytest.fixture
+def manage(socket_folder: Path) -> Iterator[Manage]:
+    managers: list[CheckpointEngineManager] = []
+
+    def make(model: Any, sampler: Any) -> CheckpointEngineManager:
+        managers.append(CheckpointEngineManager(model, sampler, timeout_seconds=100))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.close()
+
+
+def test_all_samplers_serve_what_was_trained(manage: Manage) -> None:
+    trainer = Trainer(llama(1))
+    samplers = [Sampler(llama(2)), Sampler(llama(3))]
+    manager = manage(trainer, samplers)
+    for number in (1, 2):
+        trainer.step()
+        before = trainer.state()
+        report = manager.sync_weights(label=f"step-{number}")
+        assert trainer.state() == before
+        weights = trainer.model.state_dict()
+        assert report.outcome == "published"
+        assert report.verified
+        assert report.digest == digest_in_place(TensorSource(weights)).digest
+        for sampler in samplers:
+            assert as_text(sampler.model.state_dict()) == as_text(weights)
+            version = sampler.served_version()
+            assert version is not None
+            assert (version.label, version.digest) == (f"step-{number}", report.digest)
+            assert sampler.num_holds == number
+            assert not sampler.held.locked()
+    assert [replica.name for replica in report.replicas] == ["sampler 0", "sampler 1"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_it_serves_as_merging_by_hand_does(manage: Manage, tied: bool) -> None:
+    torch.manual_seed(4)
+    trainer, sampler = Trainer(peft_model(llama(1, tied=tied))), Sampler(llama(2, tied=tied))
+    trainer.step()
+    before = trainer.state()
+    manage(trainer, sampler).sync_weights(merge_and_sync=True)
+    assert trainer.state() == before
+    by_hand = merged_by_hand(trainer.model)
+    assert torch.equal(logits(sampler.model), logits(by_hand))
+    assert greedy(sampler.model) == greedy(by_hand)
+    assert not torch.equal(logits(sampler.model), logits(llama(1, tied=tied)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_once_then_adapters(manage: Manage, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    trainer, sampler = Trainer(peft_model(llama(1, dtype=dtype))), Sampler(llama(2, dtype=dtype))
+    manager = manage(trainer, sampler)
+    sent = []
+    for number in range(3):
+        trainer.step()
+        before = trainer.state()
+        report = manager.sync_weights(merge_and_sync=False, label=f"step-{number}")
+        sent.append(report.bytes)
+        assert trainer.state() == before
+        assert torch.equal(logits(sampler.model), logits(trainer.model))
+        assert greedy(sampler.model) == greedy(trainer.model)
+        adapter = sampler.adapters()["default"]
+        base = sampler.served_version()
+        assert base is not None
+        assert (adapter.label, adapter.parent) == (f"step-{number}", base.digest)
+        assert base.label == "step-0-base"
+        assert sampler.num_holds == number + 2
+
+
+def test_several_adapters_on_one_base(manage: Manage) -> None:
+    torch.manual_seed(4)
+    model = peft_model(llama(1), "one")
+    model.add_adapter("two", lora(r=2, target_modules=["k_proj", "up_proj"], lora_dropout=0.5))
+    trainer, sampler = Trainer(model), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    for name in ("one", "two"):
+        manager.sync_weights(merge_and_sync=False, adapter_name=name, label=f"{name}-1")
+    assert {name: one.label for name, one in sampler.adapters().items()} == {
+        "one": "one-1",
+        "two": "two-1",
+    }
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        sampler.model.set_adapter(name)
+        assert torch.equal(logits(sampler.model), logits(model.eval()))
+    with sampler.model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(logits(sampler.model), logits(model))
+
+    model.set_adapter("one")  # trains on; the other tenant's stays as it is
+    trainer.step()
+    digests = {name: one.digest for name, one in sampler.adapters().items()}
+    report = manager.sync_weights(merge_and_sync=False, adapter_name="one")
+    assert report.digest != digests["one"]
+    assert sampler.adapters()["two"].digest == digests["two"]
+    sampler.detach_adapter("one")
+    sampler.detach_adapter("two")
+    assert sampler.adapters() == {}
+    with model.disable_adapter():
+        assert torch.equal(logits(sampler.model), logits(model))
+
+
+def test_an_adapter_may_get_another_rank(manage: Manage) -> None:
+    sampler = Sampler(llama(2))
+    for rank in (4, 8):
+        torch.manual_seed(rank)
+        trainer = Trainer(peft_model(llama(1), r=rank))
+        manager = manage(trainer, sampler)
+        manager.sync_weights(merge_and_sync=False)
+        assert torch.equal(logits(sampler.model), logits(trainer.model))
+        manager.close()
+
+
+def test_who_lacks_the_base_gets_it(manage: Manage) -> None:
+    trainer, first, second = Trainer(peft_model(llama(1))), Sampler(llama(2)), Sampler(llama(3))
+    manage(trainer, first).sync_weights(merge_and_sync=False)
+    manager = manage(trainer, [first, second])
+    manager.sync_weights(merge_and_sync=False)
+    other = Trainer(llama(5))
+    manager.close()
+    second.detach_adapter("default")
+    manage(other, second).sync_weights()  # serves another base, of which the trainer knows nothing
+    manager = manage(trainer, [first, second])
+    manager.sync_weights(merge_and_sync=False)
+    for sampler in (first, second):
+        assert torch.equal(logits(sampler.model), logits(trainer.model))
+
+
+def test_a_merged_model_is_refused_where_adapters_are_attached(manage: Manage) -> None:
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    manager.sync_weights(merge_and_sync=False)
+    with pytest.raises(UpdateFailed, match=r"sampler 0: .*take them off by detach_adapter"):
+        manager.sync_weights()
+    assert torch.equal(logits(sampler.model), logits(trainer.model))
+    sampler.detach_adapter("default")
+    manager.sync_weights()
+    assert torch.equal(logits(sampler.model), logits(merged_by_hand(trainer.model)))
+
+
+def test_a_sampler_that_cannot_take_a_tensor_keeps_all_from_it(manage: Manage) -> None:
+    trainer = Trainer(llama(1))
+    good, bad = Sampler(llama(2)), Sampler(torch.nn.Linear(3, 4))
+    before = as_text(good.model.state_dict())
+    with pytest.raises(UpdateFailed, match=r"sampler 1: AdapterError: the model has no") as failed:
+        manage(trainer, [good, bad]).sync_weights()
+    assert failed.value.report.outcome == "aborted"
+    assert as_text(good.model.state_dict()) == before
+    assert good.served_version() is None
+    assert (good.num_holds, bad.num_holds) == (0, 0)
+
+
+class Loading(CheckpointEngineMixin):
+    """A sampler whose weights lie elsewhere."""
+
+    checkpoint_engine_settings = Sampler.checkpoint_engine_settings
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.fails = False
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in named:
+            if self.fails and name == "lm_head.weight":
+                self.fails = False
+                raise RuntimeError("no room for the last one")
+            self.loaded[name] = tensor.clone()
+
+
+def test_a_failure_half_way_returns_every_sampler_to_what_it_served(manage: Manage) -> None:
+    trainer, good, bad = Trainer(llama(1)), Sampler(llama(2)), Loading()
+    manager = manage(trainer, [good, bad])
+    manager.sync_weights(label="step-1")
+    served = as_text(trainer.model.state_dict())
+    trainer.step()
+    bad.fails = True
+    with pytest.raises(UpdateFailed, match=r"sampler 1: RuntimeError: no room") as failed:
+        manager.sync_weights(label="step-2")
+    assert failed.value.report.outcome == "rolled_back"
+    assert as_text(good.model.state_dict()) == as_text(bad.loaded) == served
+    for sampler in (good, bad):
+        version = sampler.served_version()
+        assert version is not None
+        assert version.label == "step-1"
+    manager.sync_weights(label="step-3")
+    assert as_text(good.model.state_dict()) == as_text(bad.loaded)
+    assert as_text(bad.loaded) == as_text(trainer.model.state_dict())
+
+
+def test_an_adapter_that_fails_half_way_is_taken_off_again(manage: Manage) -> None:
+    trainer = Trainer(peft_model(llama(1)))
+    good, bad = Sampler(llama(2)), Sampler(llama(3))
+    manager = manage(trainer, [good, bad])
+    manager.sync_weights(merge_and_sync=False, label="a")
+    served = logits(good.model)
+    trainer.step()
+    trainer.model.add_adapter("new", lora())
+    for name in ("default", "new"):
+        bad.hold_requests = _cannot  # type: ignore[method-assign]
+        with pytest.raises(UpdateFailed, match="sampler 1: RuntimeError: requests do not stop"):
+            manager.sync_weights(merge_and_sync=False, adapter_name=name)
+        del bad.hold_requests
+        for sampler in (good, bad):
+            assert torch.equal(logits(sampler.model), served)
+            assert {name: one.label for name, one in sampler.adapters().items()} == {"default": "a"}
+            assert list(sampler.model.peft_config) == ["default"]
+
+
+def _cannot(timeout_seconds: float) -> None:
+    raise RuntimeError("requests do not stop")
+
+
+def test_what_is_no_sync_is_refused(manage: Manage) -> None:
+    trainer, sampler = Trainer(llama(1)), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    with pytest.raises(UsageError, match="has no adapters"):
+        manager.sync_weights(merge_and_sync=False)
+    manager.sync_weights()  # at once: nobody waits for what never came
+    with pytest.raises(UsageError, match="give model= and sampler="):
+        CheckpointEngineManager()
+    with pytest.raises(UsageError, match="needs world_size="):
+        CheckpointEngineManager(sampler=sampler)
+    with pytest.raises(UsageError, match="is not one of this side's"):
+        CheckpointEngineManager(sampler=sampler, rank=0, world_size=2)
+    with pytest.raises(UsageError, match="has a torch module as `model`"):
+        manage(trainer, CheckpointEngineMixin()).sync_weights()
+
+
+def test_engines_by_name(manage: Manage) -> None:
+    class OverMemory(Trainer):
+        checkpoint_engine_name = "shm"
+
+    class FromMemory(Sampler):
+        checkpoint_engine_name = "shm"
+
+    trainer, sampler = OverMemory(llama(1)), FromMemory(llama(2))
+    manage(trainer, sampler).sync_weights()
+    assert isinstance(trainer._checkpoint_engine, SharedMemoryCheckpointEngine)
+    assert as_text(sampler.model.state_dict()) == as_text(trainer.model.state_dict())
