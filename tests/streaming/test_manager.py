@@ -250,7 +250,7 @@ def test_what_is_no_sync_is_refused(manage: Manage) -> None:
     with pytest.raises(UsageError, match="is not one of this side's"):
         CheckpointEngineManager(sampler=sampler, rank=0, world_size=2)
     with pytest.raises(UsageError, match="has a torch module as `model`"):
-        manage(trainer, CheckpointEngineMixin()).sync_weights()
+        CheckpointEngineMixin().init_checkpoint_process_group(1, 2)
 
 
 def test_engines_by_name(manage: Manage) -> None:

@@ -26,7 +26,6 @@ from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
     PeerLost,
-    UpdateFailed,
     UsageError,
 )
 from checkpoint_engine.streaming.base import CheckpointEngine
@@ -222,14 +221,10 @@ def _result(name: str, future: Future[Any], deadline: float) -> Any:
         if future.done():
             raise
         raise DeadlineExceeded(f"{name} does not answer: is it up, and not held?") from error
-    except CheckpointEngineError:
-        raise
     except Exception as error:
-        cause = getattr(error, "cause", None)  # what a Ray actor raised
-        if isinstance(cause, UpdateFailed):
-            raise UpdateFailed(str(cause), cause.report) from error
-        if isinstance(cause, CheckpointEngineError):
-            raise type(cause)(str(cause)) from error
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, CheckpointEngineError):  # Ray's account of it stands before its text
+            raise cause from error
         if type(error).__name__ in ("ActorDiedError", "RayActorError", "ActorUnavailableError"):
             raise PeerLost(f"{name} is gone: {error}") from error
         raise

@@ -1,0 +1,135 @@
+"""Two trainer's processes, which have a half of each tensor each, and three samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from children import Child, call_all, free_port
+
+SCRIPT = "streaming/sync_member.py"
+
+
+class Fleet:
+    """Processes that are used again, since it takes seconds to start one."""
+
+    def __init__(self) -> None:
+        self.trainers = [Child(SCRIPT) for _ in range(2)]
+        self.samplers = [Child(SCRIPT) for _ in range(3)]
+        call_all(self.trainers, "distribute", rank=[0, 1], port=free_port())
+
+    def begin(self, kind: str) -> None:
+        """Models anew, and managers in all processes."""
+        self.revive()
+        self.where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        call_all(self.trainers, "train", kind=kind)
+        call_all(self.samplers, "sample", seed=[2, 3, 4])
+        call_all(self.trainers, "manage", rank=[0, -1], world_size=4, **self.where)
+        call_all(self.samplers, "manage", rank=[1, 2, 3], world_size=4, **self.where)
+
+    def revive(self) -> list[int]:
+        """Start those samplers anew that have died; returns which."""
+        dead = [index for index, one in enumerate(self.samplers) if not one.alive]
+        for index in dead:
+            self.samplers[index].close()
+            self.samplers[index] = Child(SCRIPT)
+        return dead
+
+    def sync(self, label: str, **options: Any) -> list[Any]:
+        """What each process says of it: a report, or the error."""
+        members = [*self.trainers, *self.samplers]
+        numbers = [member.send("sync", label=label, **options) for member in members]
+        return [self._said(member, number) for member, number in zip(members, numbers, strict=True)]
+
+    def end(self) -> None:
+        members = [one for one in (*self.samplers, *self.trainers) if one.alive]
+        call_all(members, "close")
+
+    def close(self) -> None:
+        for member in (*self.samplers, *self.trainers):
+            member.close()
+
+    @staticmethod
+    def _said(member: Child, number: int) -> Any:
+        try:
+            return member.result(number)
+        except RuntimeError as error:
+            return str(error)
+
+
+@pytest.fixture(scope="module")
+def _fleet() -> Iterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def fleet(_fleet: Fleet) -> Iterator[Fleet]:
+    yield _fleet
+    _fleet.end()
+
+
+def test_samplers_have_what_a_sharded_trainer_has(fleet: Fleet) -> None:
+    fleet.begin("plain")
+    for label in ("step-1", "step-2"):
+        call_all(fleet.trainers, "step")
+        weights = call_all(fleet.trainers, "weights")
+        reports = fleet.sync(label)
+        assert [report["outcome"] for report in reports] == ["published"] * 5
+        assert len({report["digest"] for report in reports}) == 1
+        assert call_all(fleet.trainers, "weights") == weights
+        assert call_all(fleet.samplers, "weights") == [weights[0]] * 3
+        assert call_all(fleet.samplers, "served") == [label] * 3
+
+
+def test_a_sharded_trainers_adapters(fleet: Fleet) -> None:
+    fleet.begin("adapter")
+    for label in ("step-1", "step-2"):
+        call_all(fleet.trainers, "step")
+        reports = fleet.sync(label, merge_and_sync=False)
+        assert [report["outcome"] for report in reports] == ["published"] * 5
+        assert call_all(fleet.samplers, "adapters") == [{"default": label}] * 3
+        assert call_all(fleet.samplers, "served") == ["step-1-base"] * 3
+        answers = call_all(fleet.trainers, "answer")
+        assert call_all(fleet.samplers, "answer") == [answers[0]] * 3
+
+
+def test_a_sampler_that_dies_while_it_writes_leaves_the_others_on_one_version(fleet: Fleet) -> None:
+    fleet.begin("plain")
+    fleet.sync("step-1")
+    before = call_all(fleet.trainers, "weights")[0]
+    call_all(fleet.trainers, "step")
+    fleet.samplers[1].call("die_when_written")
+    said = fleet.sync("step-2")
+    for one in (said[0], said[1], said[2], said[4]):
+        assert one.startswith("UpdateFailed: update to 'step-2' rolled back: sampler 1: PeerLost")
+        assert "sampler 0: kept" in one
+        assert "sampler 1: lost" in one
+    living = [fleet.samplers[0], fleet.samplers[2]]
+    assert call_all(living, "weights") == [before] * 2
+    assert call_all(living, "served") == ["step-1"] * 2
+
+    assert fleet.revive() == [1]
+    fleet.samplers[1].call("sample", seed=3)
+    fleet.samplers[1].call("manage", rank=2, world_size=4, **fleet.where)
+    assert [report["outcome"] for report in fleet.sync("step-3")] == ["published"] * 5
+    weights = call_all(fleet.trainers, "weights")[0]
+    assert call_all(fleet.samplers, "weights") == [weights] * 3
+
+
+def test_a_trainer_that_dies_before_it_says_so_leaves_nothing_changed(fleet: Fleet) -> None:
+    fleet.begin("plain")
+    fleet.sync("step-1")
+    before = call_all(fleet.trainers, "weights")[0]
+    call_all(fleet.trainers, "step")
+    fleet.trainers[0].call("die_when_decided")
+    said = fleet.sync("step-2")
+    assert said[0] == "the process died"
+    assert said[1].startswith("PeerLost: the sender is gone")
+    for one in said[2:]:
+        assert one.startswith("UpdateFailed: kept here, and no more is known")
+    assert call_all(fleet.samplers, "weights") == [before] * 3
+    assert call_all(fleet.samplers, "served") == ["step-1"] * 3
