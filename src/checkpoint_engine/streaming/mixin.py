@@ -50,6 +50,7 @@ class CheckpointEngineMixin:
     _checkpoint_engine: StreamingEngine | None = None
     _checkpoint_side: TrainerSide | FollowingSide | SamplerSide | None = None
     _checkpoint_seats: Seats | None = None
+    _checkpoint_place: tuple[int, int, dict[str, Any]] | None = None
 
     # ── what a sampler's class may define ───────────────────────────────────────────────────
 
@@ -96,9 +97,14 @@ class CheckpointEngineMixin:
             UsageError: a sampler has neither a model nor `load_weights`.
             DeadlineExceeded: the trainer cannot be reached.
         """
+        place = (rank, world_size, dict(master_metadata or {}))
+        if self._checkpoint_side is not None:
+            if self._checkpoint_place == place:
+                return
+            if rank == 0:
+                raise UsageError("finalize_checkpoint_engine comes before meeting others")
+            self.finalize_checkpoint_engine()  # the trainer, or its number of samplers, is another
         engine = self._engine()
-        if self._checkpoint_side is not None and engine.rank == rank:
-            return
         if rank > 0 and self._checkpoint_seats is None:
             self._checkpoint_seats = Seats(self)
         engine.init_process_group(rank, world_size, master_metadata)
@@ -110,6 +116,7 @@ class CheckpointEngineMixin:
         else:
             assert self._checkpoint_seats is not None, "made above"
             self._checkpoint_side = SamplerSide(engine, self._checkpoint_seats)
+        self._checkpoint_place = place
 
     def send_weights(
         self, merge_and_sync: bool = True, adapter_name: str | None = None, label: str = ""
