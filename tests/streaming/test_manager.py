@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from sync_models import Sampler, Trainer, as_text, greedy, llama, logits, lora, 
 from sync_models import with_adapter as peft_model
 
 from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
-from checkpoint_engine.errors import UsageError
-from checkpoint_engine.sources import TensorSource
+from checkpoint_engine.adapters.callback import CallbackAdapter
+from checkpoint_engine.errors import AdapterError, UsageError
+from checkpoint_engine.sources import TensorSource, adapter_config, adapter_weights
+from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.store import digest_in_place
 from checkpoint_engine.streaming import SharedMemoryCheckpointEngine
+from checkpoint_engine.streaming import sampler as sampler_side
+from checkpoint_engine.update.protocol import Report
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -125,6 +130,21 @@ def test_several_adapters_on_one_base(manage: Manage) -> None:
     assert sampler.adapters() == {}
     with model.disable_adapter():
         assert torch.equal(logits(sampler.model), logits(model))
+
+
+def test_a_sampler_may_have_adapters_from_the_start(manage: Manage) -> None:
+    """They are replaced where the names are the same, and else left alone."""
+    torch.manual_seed(4)
+    trainer, sampler = Trainer(peft_model(llama(1), r=2)), Sampler(peft_model(llama(2)))
+    sampler.model.add_adapter("own", lora())
+    own = as_text(dict(adapter_weights(sampler.model, "own")))
+    manager = manage(trainer, sampler)
+    report = manager.sync_weights(merge_and_sync=False)
+    assert torch.equal(logits(sampler.model), logits(trainer.model))
+    assert as_text(dict(adapter_weights(sampler.model, "own"))) == own
+    sent = dict(adapter_weights(trainer.model, "default"))
+    source = LoraSource.of_tensors(sent, adapter_config(trainer.model, "default"))
+    assert report.digest == digest_in_place(source).digest
 
 
 def test_an_adapter_may_get_another_rank(manage: Manage) -> None:
@@ -251,6 +271,43 @@ def test_what_is_no_sync_is_refused(manage: Manage) -> None:
         CheckpointEngineManager(sampler=sampler, rank=0, world_size=2)
     with pytest.raises(UsageError, match="has a torch module as `model`"):
         CheckpointEngineMixin().init_checkpoint_process_group(1, 2)
+
+
+def test_each_side_for_itself_and_within_an_event_loop(socket_folder: Path) -> None:
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    sending = CheckpointEngineManager(trainer, rank=0, world_size=2)
+    receiving = CheckpointEngineManager(
+        sampler=sampler, rank=1, world_size=2, master_metadata=sending.metadata
+    )
+
+    async def train() -> Report:
+        received = asyncio.get_running_loop().run_in_executor(None, receiving.sync_weights)
+        sent = sending.sync_weights(merge_and_sync=False)  # blocks the loop, and works
+        assert await received == sent
+        return sent
+
+    assert asyncio.run(train()).outcome == "published"
+    assert torch.equal(logits(sampler.model), logits(trainer.model))
+    receiving.close()
+    sending.close()
+
+
+def test_a_model_that_is_not_in_host_memory(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: whole versions are copied into it, and compared with what was sent."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    adapter = sampler_side._weights_adapter(Sampler(llama(2)))
+    monkeypatch.undo()
+    assert isinstance(adapter, CallbackAdapter)
+    load = adapter._run
+    new = llama(1).state_dict()
+    load(list(new.items()))
+    assert as_text(load.live()) == as_text(new)  # type: ignore[attr-defined]
+    with pytest.raises(AdapterError, match="the version lacks 'lm_head.weight'"):
+        load([pair for pair in new.items() if pair[0] != "lm_head.weight"])
+    with pytest.raises(AdapterError, match="the model has no 'other'"):
+        load([*new.items(), ("other", torch.zeros(1))])
 
 
 def test_engines_by_name(manage: Manage) -> None:

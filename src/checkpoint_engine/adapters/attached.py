@@ -12,22 +12,22 @@ under the name before is copied first, and is the way back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 
 from checkpoint_engine.adapters.base import Content, Identity, Served
-from checkpoint_engine.errors import AdapterError, UpdateRefused, UsageError, VerificationError
+from checkpoint_engine.errors import AdapterError, UpdateRefused, VerificationError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.memory import byte_workers
 from checkpoint_engine.sources.lora import adapter_config, adapter_parameters
+from checkpoint_engine.sources.lora_adapter import CONFIG_NAME, encoded_config
 from checkpoint_engine.sources.tensors import TensorSource
 from checkpoint_engine.store import digest_in_place
 
-__all__ = ["CONFIG_NAME", "AttachedAdapter", "Base", "Host", "LacksBase", "encoded_config"]
+__all__ = ["AttachedAdapter", "Base", "Host", "LacksBase", "config_tensor"]
 
-CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 
 Tensors = dict[str, torch.Tensor]
@@ -47,17 +47,10 @@ class Host(Protocol):
     model: Any
 
 
-def encoded_config(config: Mapping[str, Any]) -> torch.Tensor:
-    """An adapter's configuration as a tensor of bytes, to be sent beside the others."""
-    text = json.dumps(config, sort_keys=True, indent=1, default=_plain)
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _plain(value: object) -> object:
-    plain = getattr(value, "value", None)  # an enumeration's
-    if not isinstance(plain, str):
-        raise UsageError(f"an adapter's configuration holds a {type(value).__name__}")
-    return plain
+def config_tensor(model: torch.nn.Module, adapter: str) -> torch.Tensor:
+    """An adapter's configuration as a tensor of bytes, to be sent under `CONFIG_NAME`."""
+    encoded = encoded_config(adapter_config(model, adapter))
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
 
 
 class Base(torch.nn.Module):
@@ -216,7 +209,7 @@ class AttachedAdapter:
         live = adapter_parameters(self._peft(), self._name)
         tensors = {name: tensor.detach() for name, tensor in live.items()}
         if self._served is None and not self._changed:  # it was there before anything was sent
-            self._config = encoded_config(adapter_config(self._peft(), self._name))
+            self._config = config_tensor(self._peft(), self._name)
         return tensors
 
     def _digest(self) -> str:

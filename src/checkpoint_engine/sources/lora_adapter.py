@@ -29,7 +29,7 @@ from checkpoint_engine.sources.tensors import TensorSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "LoraSource", "is_lora"]
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "LoraSource", "encoded_config", "is_lora"]
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -64,7 +64,7 @@ class LoraSource:
 
     def __init__(self, tensors: Source, config: Mapping[str, Any], origin: str) -> None:
         self._tensors = tensors
-        self._config = _encoded(config, origin)
+        self._config = encoded_config(config, origin)
         if not tensors.specs():
             raise SourceError(f"{origin}: an adapter without tensors")
 
@@ -142,7 +142,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: not the configuration of an adapter: {error}") from error
 
 
-def _encoded(config: Mapping[str, Any], origin: str) -> bytes:
+def encoded_config(config: Mapping[str, Any], origin: str = "the adapter") -> bytes:
+    """A configuration as it is digested and sent.
+
+    Raises:
+        SourceError: it is not that of a LoRA adapter.
+    """
     try:
         encoded = json.dumps(config, default=_plain, sort_keys=True, indent=1, allow_nan=False)
         known = msgspec.json.decode(encoded, type=_Config)

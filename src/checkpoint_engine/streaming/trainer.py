@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
-from checkpoint_engine.adapters.attached import CONFIG_NAME, LacksBase, encoded_config
+from checkpoint_engine.adapters.attached import LacksBase, config_tensor
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
@@ -26,12 +26,8 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.sources.lora import (
-    adapter_config,
-    adapter_weights,
-    base_weights,
-    merged_weights,
-)
+from checkpoint_engine.sources.lora import adapter_weights, base_weights, merged_weights
+from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
 from checkpoint_engine.sources.training import inner_model, named_weights
 from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
@@ -249,4 +245,4 @@ def _failing(error: UsageError) -> Weights:
 
 def _with_config(model: torch.nn.Module, adapter: str, options: dict[str, Any]) -> Weights:
     yield from adapter_weights(model, adapter, **options)
-    yield CONFIG_NAME, encoded_config(adapter_config(model, adapter))
+    yield CONFIG_NAME, config_tensor(model, adapter)
