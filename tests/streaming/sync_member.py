@@ -23,6 +23,9 @@ from checkpoint_engine.update.protocol import Decision
 from children import serve
 
 
+SIZES: dict[str, Any] = {"plain": {}, "adapter": {}, "large": {"vocab_size": 300_000}}
+
+
 class Member:
     def __init__(self) -> None:
         self._manager: CheckpointEngineManager | None = None
@@ -36,7 +39,7 @@ class Member:
     def train(self, kind: str) -> None:
         """A model of which each of two processes has a half."""
         torch.manual_seed(1)
-        model = llama(1) if kind == "plain" else with_adapter(llama(1))
+        model = with_adapter(llama(1)) if kind == "adapter" else llama(1, **SIZES[kind])
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.modules():
             if type(layer).__name__ == "LlamaDecoderLayer":
@@ -44,8 +47,9 @@ class Member:
         fully_shard(model, mesh=mesh)
         self._side = Trainer(model)
 
-    def sample(self, seed: int) -> None:
-        self._side = Sampler(llama(seed))
+    def sample(self, seed: int, kind: str = "plain", engine: str = "gloo") -> None:
+        self._side = Sampler(llama(seed, **SIZES[kind]))
+        self._side.checkpoint_engine_name = engine
 
     def manage(self, rank: int, world_size: int, **where: Any) -> None:
         """Meet at MASTER_ADDR and MASTER_PORT."""
@@ -86,6 +90,17 @@ class Member:
             os.kill(os.getpid(), signal.SIGKILL)
 
         adapter.write = fatal
+
+    def die_when_received(self) -> None:
+        """With the first tensor, when others are still to be made."""
+
+        async def fatal() -> Any:
+            async for _ in receive():
+                os.kill(os.getpid(), signal.SIGKILL)
+                yield
+
+        engine = self._side._engine()
+        receive, engine.receive_weights = engine.receive_weights, fatal
 
     def die_when_decided(self) -> None:
         """In the middle of the next pause, before anybody hears that all have written."""

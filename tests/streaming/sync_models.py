@@ -20,10 +20,12 @@ SETTINGS: dict[str, Any] = {"bucket_size": 4 << 20, "timeout": 20}
 TOKENS = torch.tensor([[1, 5, 2, 9, 30]])
 
 
-def llama(seed: int, *, tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Any:
+def llama(
+    seed: int, *, tied: bool = False, dtype: torch.dtype = torch.bfloat16, vocab_size: int = 33
+) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=33,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,

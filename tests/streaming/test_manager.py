@@ -37,7 +37,7 @@ def manage(socket_folder: Path) -> Iterator[Manage]:
         return managers[-1]
 
     yield make
-    for manager in managers:
+    for manager in reversed(managers):
         manager.close()
 
 
@@ -304,7 +304,7 @@ def test_a_model_that_is_not_in_host_memory(
     new = llama(1).state_dict()
     load(list(new.items()))
     assert as_text(load.live()) == as_text(new)  # type: ignore[attr-defined]
-    with pytest.raises(AdapterError, match="the version lacks 'lm_head.weight'"):
+    with pytest.raises(AdapterError, match=r"the version lacks 'lm_head\.weight'"):
         load([pair for pair in new.items() if pair[0] != "lm_head.weight"])
     with pytest.raises(AdapterError, match="the model has no 'other'"):
         load([*new.items(), ("other", torch.zeros(1))])

@@ -20,14 +20,20 @@ class Fleet:
         self.samplers = [Child(SCRIPT) for _ in range(3)]
         call_all(self.trainers, "distribute", rank=[0, 1], port=free_port())
 
-    def begin(self, kind: str) -> None:
-        """Models anew, and managers in all processes."""
+    def begin(self, kind: str, engine: str = "gloo") -> None:
+        """Models anew, and managers in all processes; the last sampler's engine is this one."""
         self.revive()
         self.where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         call_all(self.trainers, "train", kind=kind)
-        call_all(self.samplers, "sample", seed=[2, 3, 4])
+        engines = ["gloo", "gloo", engine]
+        call_all(self.samplers, "sample", seed=[2, 3, 4], kind=kind, engine=engines)
         call_all(self.trainers, "manage", rank=[0, -1], world_size=4, **self.where)
         call_all(self.samplers, "manage", rank=[1, 2, 3], world_size=4, **self.where)
+
+    def renew(self, index: int, kind: str) -> None:
+        """This sampler anew, with the others' manager."""
+        self.samplers[index].call("sample", seed=7, kind=kind)
+        self.samplers[index].call("manage", rank=index + 1, world_size=4, **self.where)
 
     def revive(self) -> list[int]:
         """Start those samplers anew that have died; returns which."""
@@ -113,11 +119,36 @@ def test_a_sampler_that_dies_while_it_writes_leaves_the_others_on_one_version(fl
     assert call_all(living, "served") == ["step-1"] * 2
 
     assert fleet.revive() == [1]
-    fleet.samplers[1].call("sample", seed=3)
-    fleet.samplers[1].call("manage", rank=2, world_size=4, **fleet.where)
+    fleet.renew(1, "plain")
     assert [report["outcome"] for report in fleet.sync("step-3")] == ["published"] * 5
     weights = call_all(fleet.trainers, "weights")[0]
     assert call_all(fleet.samplers, "weights") == [weights] * 3
+
+
+def test_a_sampler_that_dies_while_it_receives_does_not_stop_the_training(fleet: Fleet) -> None:
+    fleet.begin("large")
+    before = call_all(fleet.samplers, "weights")
+    fleet.samplers[1].call("die_when_received")
+    said = fleet.sync("step-1")
+    for one in (said[0], said[1], said[2], said[4]):
+        assert one.startswith("UpdateFailed: nothing was changed: ")
+        assert "rank 2 died" in one
+    assert [fleet.samplers[i].call("weights") for i in (0, 2)] == [before[0], before[2]]
+    call_all(fleet.trainers, "step")
+    assert fleet.revive() == [1]
+    fleet.renew(1, "large")
+    assert [report["outcome"] for report in fleet.sync("step-2")] == ["published"] * 5
+
+
+def test_a_sampler_that_cannot_meet_does_not_stop_the_training(fleet: Fleet) -> None:
+    fleet.begin("plain", engine="shm")
+    for one in fleet.sync("step-1"):
+        assert one.startswith("UpdateFailed: nothing was changed: ")
+        assert "rank 3 receives with another engine" in one
+    call_all(fleet.trainers, "step")
+    fleet.samplers[2].call("close")
+    fleet.renew(2, "plain")
+    assert [report["outcome"] for report in fleet.sync("step-2")] == ["published"] * 5
 
 
 def test_a_trainer_that_dies_before_it_says_so_leaves_nothing_changed(fleet: Fleet) -> None:

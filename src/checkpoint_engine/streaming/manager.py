@@ -33,7 +33,7 @@ from checkpoint_engine.update.protocol import Report
 
 __all__ = ["CheckpointEngineManager"]
 
-LEAVE_SECONDS = 30.0
+LEAVE_SECONDS = 30.0  # for others to hear what was decided, or to leave
 
 
 class CheckpointEngineManager:
@@ -206,12 +206,12 @@ def _results(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> lis
 
 
 def _first_result(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> Any:
-    """What the first of them gives, when all have ended: it knows best how it went."""
+    """What the first of them gives, which decides, once the others have heard of it."""
     (name, first), *others = started
     try:
         return _result(name, first, deadline)
     finally:
-        wait_for([future for _, future in others], deadline - time.monotonic())
+        wait_for([future for _, future in others], LEAVE_SECONDS)
 
 
 def _result(name: str, future: Future[Any], deadline: float) -> Any:

@@ -36,7 +36,7 @@ from checkpoint_engine.streaming.sampler import PATIENCE, Ending, Order, raise_f
 from checkpoint_engine.streaming.threads import blocking
 from checkpoint_engine.streaming.transaction import conduct
 from checkpoint_engine.transport.meeting import Meeting
-from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.transport.rendezvous import Log, Rendezvous
 from checkpoint_engine.update.protocol import Report, decode
 
 __all__ = ["FollowingSide", "TrainerSide"]
@@ -95,11 +95,11 @@ class TrainerSide:
             return what_to_send(model, merge_and_sync, adapter_name)
         except UsageError as error:
             with contextlib.suppress(UpdateFailed):  # tells the samplers, which wait for tensors
-                self._stream(_failing(error), "")
+                self._stream(_Weights(_failing(error)), "")
             raise
 
     def _send(
-        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Any
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Log
     ) -> Ending:
         if kind != "adapter":
             return self._one(model, kind, "", label, steps, more=False)
@@ -116,12 +116,11 @@ class TrainerSide:
         return msgspec.structs.replace(ending, more=False)
 
     def _one(
-        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Any, *, more: bool
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Log, *, more: bool
     ) -> Ending:
         """Send one version. `more`: whether another is to follow if it is served."""
-        steps.append(msgspec.msgpack.encode(_Step(kind=kind, adapter=adapter)))
-        weights = made(model, kind, adapter, self._timeout_seconds)
-        sent = self._stream(weights, label)
+        step = _Step(kind=kind, adapter=adapter)
+        sent = self._stream(self._announced(model, step, steps), label)
         parent = self._base.digest if kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
         order = Order(kind=kind, version=version, adapter=adapter)
@@ -137,15 +136,23 @@ class TrainerSide:
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
 
-    def _stream(self, weights: Weights, label: str) -> StreamReport:
+    def _announced(self, model: torch.nn.Module, step: _Step, steps: Log) -> _Weights:
+        def tensors() -> Weights:
+            steps.append(msgspec.msgpack.encode(step))
+            yield from made(model, step, self._timeout_seconds)
+
+        return _Weights(tensors())
+
+    def _stream(self, weights: _Weights, label: str) -> StreamReport:
         async def send() -> StreamReport | None:
             return await self._engine.send_weights(weights, label=label)
 
         try:
             sent = blocking(send())
         except CheckpointEngineError as error:
-            for _ in weights:  # the trainer's other processes go on making them
-                pass
+            if weights.has_begun:  # the trainer's other processes go on making them
+                for _ in weights:
+                    pass
             raise UpdateFailed(f"nothing was changed: {error}") from error
         assert sent is not None, "rank 0 sends"
         return sent
@@ -156,6 +163,25 @@ class TrainerSide:
             self._past.pop(0).clear()
         self._past.append(keys)
         return keys
+
+
+class _Weights:
+    """Tensors that are made when they are asked for, which is when all samplers are here.
+
+    To begin before would have the trainer's other processes wait in the middle of a collective, and
+    break the group with which they train if a sampler does not come.
+    """
+
+    def __init__(self, tensors: Weights) -> None:
+        self._tensors = tensors
+        self.has_begun = False
+
+    def __iter__(self) -> Weights:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        self.has_begun = True
+        return next(self._tensors)
 
 
 class FollowingSide:
@@ -179,7 +205,7 @@ class FollowingSide:
         steps = self._keys.scope(f"steps {self._num_syncs}").log("steps")
         what_to_send(model, merge_and_sync, adapter_name)
         while (ending := (step := self._next(steps)).ending) is None:
-            for _ in made(model, step.kind, step.adapter, self._timeout_seconds):
+            for _ in made(model, step, self._timeout_seconds):
                 pass
         return raise_failed(ending)
 
@@ -187,7 +213,7 @@ class FollowingSide:
         """Leave."""
         self._keys.give_back()
 
-    def _next(self, steps: Any) -> _Step:
+    def _next(self, steps: Log) -> _Step:
         try:
             with with_sender():
                 step: _Step = decode(steps.next(PATIENCE * self._timeout_seconds), _Step)
@@ -226,16 +252,20 @@ def what_to_send(
     return "adapter", adapter_name or active[0]
 
 
-def made(model: torch.nn.Module, kind: str, adapter: str, timeout_seconds: float) -> Weights:
-    """The tensors of an order; on the trainer's first process alone, and made by all."""
-    options: dict[str, Any] = {"timeout_seconds": timeout_seconds}
-    if kind == "weights":
+def made(model: torch.nn.Module, step: _Step, timeout_seconds: float) -> Weights:
+    """The tensors of a step; on the trainer's first process alone, and made by all.
+
+    Samplers that take them slowly have their deadline before the processes that gather have theirs.
+    """
+    options: dict[str, Any] = {"timeout_seconds": PATIENCE * timeout_seconds}
+    if step.kind == "weights":
         return named_weights(model, **options)
-    if kind == "merged":
-        return merged_weights(model, adapters=[adapter] if adapter else None, **options)
-    if kind == "base":
+    if step.kind == "merged":
+        adapters = [step.adapter] if step.adapter else None
+        return merged_weights(model, adapters=adapters, **options)
+    if step.kind == "base":
         return base_weights(model, **options)
-    return _with_config(model, adapter, options)
+    return _with_config(model, step.adapter, options)
 
 
 def _failing(error: UsageError) -> Weights:
