@@ -31,9 +31,9 @@ if _TYPE_CHECKING:
     from checkpoint_engine.sources.lora_adapter import LoraSource
     from checkpoint_engine.streaming import (
         CheckpointEngine,
-        CudaIpcCheckpointEngine,
         CheckpointEngineManager,
         CheckpointEngineMixin,
+        CudaIpcCheckpointEngine,
         GlooCheckpointEngine,
         HCCLCheckpointEngine,
         NCCLCheckpointEngine,
@@ -49,9 +49,9 @@ __all__ = [
     "AdapterError",
     "CheckpointEngine",
     "CheckpointEngineError",
-    "CudaIpcCheckpointEngine",
     "CheckpointEngineManager",
     "CheckpointEngineMixin",
+    "CudaIpcCheckpointEngine",
     "DeadlineExceeded",
     "ForeignPeer",
     "GlooCheckpointEngine",

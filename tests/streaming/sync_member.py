@@ -22,7 +22,6 @@ from checkpoint_engine.streaming import transaction
 from checkpoint_engine.update.protocol import Decision
 from children import serve
 
-
 SIZES: dict[str, Any] = {"plain": {}, "adapter": {}, "large": {"vocab_size": 300_000}}
 
 

@@ -39,7 +39,7 @@ class TensorSource:
             if tensor.is_cpu and tensor.is_contiguous()
         }
         # Other threads read, whose streams do not wait for what this one has queued.
-        for device in {one.device for one in self._tensors.values() if not one.is_cpu}:
+        for device in {one.device for one in self._tensors.values()} - {torch.device("cpu")}:
             torch.accelerator.current_stream(device).synchronize()
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)

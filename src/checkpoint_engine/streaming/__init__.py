@@ -22,9 +22,9 @@ if _TYPE_CHECKING:
 
 __all__ = [
     "CheckpointEngine",
-    "CudaIpcCheckpointEngine",
     "CheckpointEngineManager",
     "CheckpointEngineMixin",
+    "CudaIpcCheckpointEngine",
     "GlooCheckpointEngine",
     "HCCLCheckpointEngine",
     "NCCLCheckpointEngine",
