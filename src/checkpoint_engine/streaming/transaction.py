@@ -27,7 +27,7 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.transport.handover import Attachments
-from checkpoint_engine.transport.rendezvous import Log, Rendezvous
+from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.conductor import record
 from checkpoint_engine.update.coordinator import Coordinator, Opening, Policy
 from checkpoint_engine.update.protocol import (
@@ -44,7 +44,7 @@ from checkpoint_engine.update.protocol import (
     decode,
 )
 from checkpoint_engine.update.relay import Action, Relay, Tell
-from checkpoint_engine.update.session import Outcome, Send, session
+from checkpoint_engine.update.session import Outcome, Receive, Send, play, session
 
 __all__ = ["conduct", "sampler_name", "take_part"]
 
@@ -179,25 +179,13 @@ def take_part(keys: Rendezvous, adapter: Adapter) -> Outcome:
     """
     said, told = keys.log("said"), keys.log(f"told/{keys.rank}")
     adapter.epoch = 0
-    steps = session(adapter, Attachments(keep_maps=False))
-    try:
-        step = next(steps)
-        while True:
-            try:
-                with with_sender():
-                    reply = _perform(said, told, keys.rank, step)
-            except (PeerLost, DeadlineExceeded) as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(reply)
-    except StopIteration as end:
-        outcome: Outcome = end.value
-        return outcome
 
+    def perform(step: Send | Receive) -> FromRank | None:
+        with with_sender():
+            if isinstance(step, Send):
+                said.append(msgspec.msgpack.encode(_Said(keys.rank, step.message)))
+                return None
+            heard: FromRank = decode(told.next(step.timeout_seconds), FromRank)
+            return heard
 
-def _perform(said: Log, told: Log, rank: int, step: Any) -> FromRank | None:
-    if isinstance(step, Send):
-        said.append(msgspec.msgpack.encode(_Said(rank, step.message)))
-        return None
-    heard: FromRank = decode(told.next(step.timeout_seconds), FromRank)
-    return heard
+    return play(session(adapter, Attachments(keep_maps=False)), perform)

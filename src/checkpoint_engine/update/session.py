@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -155,12 +155,31 @@ def run(address: str, adapter: Adapter, attachments: Attachments) -> Outcome:
         PeerLost, DeadlineExceeded: the rank went away before it offered anything.
     """
     channel: Channel[FromRank] = Channel(sockets.connect(address, GREETING_SECONDS), FromRank)
-    steps = session(adapter, attachments)
+
+    def perform(step: Send | Receive) -> FromRank | None:
+        if isinstance(step, Send):
+            channel.send(step.message)
+            return None
+        return channel.receive(step.timeout_seconds)
+
+    try:
+        return play(session(adapter, attachments), perform)
+    finally:
+        channel.close()
+
+
+def play(steps: Steps[Outcome], perform: Callable[[Send | Receive], FromRank | None]) -> Outcome:
+    """Do what a session asks for, one step after the other, however its rank is reached.
+
+    Args:
+        steps: of `session`.
+        perform: does one of them; the session hears what it raises.
+    """
     try:
         step = next(steps)
         while True:
             try:
-                reply = _perform(channel, step)
+                reply = perform(step)
             except CheckpointEngineError as error:
                 step = steps.throw(error)
             else:
@@ -168,15 +187,6 @@ def run(address: str, adapter: Adapter, attachments: Attachments) -> Outcome:
     except StopIteration as end:
         outcome: Outcome = end.value
         return outcome
-    finally:
-        channel.close()
-
-
-def _perform(channel: Channel[FromRank], step: Send | Receive) -> FromRank | None:
-    if isinstance(step, Send):
-        channel.send(step.message)
-        return None
-    return channel.receive(step.timeout_seconds)
 
 
 def _enter(
