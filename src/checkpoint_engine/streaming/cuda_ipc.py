@@ -10,7 +10,7 @@ fills it anew. Digests are taken by the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,11 +26,9 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import align
-from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier, RingCarrier
 from checkpoint_engine.streaming.engine import StreamingEngine
-from checkpoint_engine.streaming.messages import Hello
 from checkpoint_engine.transport.rendezvous import Rendezvous
-from checkpoint_engine.transport.sockets import own_host
 
 __all__ = ["CudaIpcCheckpointEngine"]
 
@@ -78,7 +76,7 @@ class CudaIpcCheckpointEngine(StreamingEngine):
         self._rings.clear()  # which must not be freed before the others have closed it
 
 
-class _CudaMemory(Carrier):
+class _CudaMemory(RingCarrier):
     """See the module's text.
 
     Args:
@@ -86,35 +84,29 @@ class _CudaMemory(Carrier):
         rings: the sender's, of which receivers may have any open; the last is in use.
     """
 
-    early = False
+    between_hosts = "NCCLCheckpointEngine"
 
     def __init__(self, device: torch.device, rings: list[torch.Tensor]) -> None:
         self._device, self._rings = device, rings
         self._opened: torch.Tensor | None = None
         self._way = _Way("", b"", 0)
 
-    def check(self, hellos: Mapping[int, Hello]) -> None:
-        """All must be of this host."""
-        for rank, hello in hellos.items():
-            if hello.host != own_host():
-                raise UsageError(
-                    f"rank {rank} is on another host, or has another CKPT_ENGINE_SOCKET_DIR: "
-                    "between hosts use NCCLCheckpointEngine"
-                )
-
     def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
         """The ring of before, if it is large enough."""
-        if not self._rings or self._way.slot_bytes < bucket_bytes or rebuild:
-            slot_bytes = align(bucket_bytes)
-            ring, handle = cuda.share(NUM_SLOTS * slot_bytes, self._device)
+        if not self._rings or self.slot_bytes < bucket_bytes or rebuild:
+            self.slot_bytes = align(bucket_bytes)
+            ring, handle = cuda.share(NUM_SLOTS * self.slot_bytes, self._device)
             self._rings.append(ring)
-            self._way = _Way(device_uuid("cuda", self._device.index), handle, slot_bytes)
+            self._way = _Way(device_uuid("cuda", self._device.index), handle, self.slot_bytes)
         return msgspec.json.encode(self._way).decode()
 
-    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
-        """The ring itself."""
-        starts = range(0, NUM_SLOTS * self._way.slot_bytes, self._way.slot_bytes)
-        return [self._rings[-1][start : start + bucket_bytes] for start in starts]
+    def ring(self) -> torch.Tensor:
+        """The sender's own, or what a receiver has opened."""
+        if self._rings:
+            return self._rings[-1]
+        if self._opened is None:
+            raise TransferError("the sender's memory was let go of meanwhile")
+        return self._opened
 
     def join(self, way: str, timeout_seconds: float) -> None:
         """Open the ring, unless this one is open already."""
@@ -123,7 +115,8 @@ class _CudaMemory(Carrier):
         self.close()
         try:
             self._way = msgspec.json.decode(way, type=_Way)
-            num_bytes = NUM_SLOTS * self._way.slot_bytes
+            self.slot_bytes = self._way.slot_bytes
+            num_bytes = NUM_SLOTS * self.slot_bytes
             self._opened = cuda.opened(self._way.handle, num_bytes, _device_of(self._way.uuid))
         except MALFORMED as error:
             raise ProtocolError(f"a malformed way: {error}") from error
@@ -135,19 +128,13 @@ class _CudaMemory(Carrier):
         self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
     ) -> None:
         """It is where it belongs already."""
-        wait_ready()
+        super().send(data, wait_ready, timeout_seconds)
         del self._rings[:-1]  # everybody has joined, and so closed the rings of before
 
     def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
         """Copy it out."""
-        if self._opened is None:
-            raise TransferError("the sender's memory was let go of meanwhile")
-        start = index % NUM_SLOTS * self._way.slot_bytes
-        data.copy_(self._opened[start : start + len(data)])
+        super().receive(index, data, timeout_seconds)
         torch.cuda.current_stream(data.device).synchronize()
-
-    def abandon(self) -> None:
-        """Nothing is broken: what is in the ring is checked by whoever reads it."""
 
     def close(self) -> None:
         """Close a ring that was opened; the sender's are freed when everybody has left."""

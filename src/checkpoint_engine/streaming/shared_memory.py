@@ -9,10 +9,9 @@ consumer gets is its own, so it may write there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 import torch
 
 from checkpoint_engine.errors import (
@@ -20,16 +19,13 @@ from checkpoint_engine.errors import (
     HandoverError,
     ProtocolError,
     TransferError,
-    UsageError,
 )
 from checkpoint_engine.manifest import align
 from checkpoint_engine.store import Segment, Store
-from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier, RingCarrier
 from checkpoint_engine.streaming.engine import StreamingEngine
-from checkpoint_engine.streaming.messages import Hello
 from checkpoint_engine.transport.handover import Attachment
 from checkpoint_engine.transport.rendezvous import Rendezvous
-from checkpoint_engine.transport.sockets import own_host
 from checkpoint_engine.update.sessions import Door
 
 __all__ = ["SharedMemoryCheckpointEngine"]
@@ -56,8 +52,8 @@ class SharedMemoryCheckpointEngine(StreamingEngine):
         return _SharedMemory()
 
 
-class _SharedMemory(Carrier):
-    early = False
+class _SharedMemory(RingCarrier):
+    between_hosts = "GlooCheckpointEngine"
 
     def __init__(self) -> None:
         self._store: Store | None = None
@@ -66,32 +62,24 @@ class _SharedMemory(Carrier):
         self._attachment: Attachment | None = None
         self._way = _Way("", "", 0)
 
-    def check(self, hellos: Mapping[int, Hello]) -> None:
-        """All must be of this host."""
-        for rank, hello in hellos.items():
-            if hello.host != own_host():
-                raise UsageError(
-                    f"rank {rank} is on another host, or has another CKPT_ENGINE_SOCKET_DIR: "
-                    "between hosts use GlooCheckpointEngine"
-                )
-
     def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
         """The ring of before, if it is large enough."""
-        if self._segment is None or self._way.slot_bytes < bucket_bytes or rebuild:
+        if self._segment is None or self.slot_bytes < bucket_bytes or rebuild:
             self.close()
             self._store = Store.of_environment()
             self._door = Door(self._store.segment)
-            slot_bytes = align(bucket_bytes)
-            self._segment = self._store.allocate(NUM_SLOTS * slot_bytes, pooled=False)
-            self._way = _Way(self._door.address, self._segment.name, slot_bytes)
+            self.slot_bytes = align(bucket_bytes)
+            self._segment = self._store.allocate(NUM_SLOTS * self.slot_bytes, pooled=False)
+            self._way = _Way(self._door.address, self._segment.name, self.slot_bytes)
         return msgspec.json.encode(self._way).decode()
 
-    def slots(self, bucket_bytes: int) -> list[torch.Tensor]:
-        """The ring itself."""
-        assert self._segment is not None, "the sender plans before it packs"
-        memory = torch.frombuffer(self._segment.memory, dtype=torch.uint8)
-        starts = range(0, NUM_SLOTS * self._way.slot_bytes, self._way.slot_bytes)
-        return [memory[start : start + bucket_bytes] for start in starts]
+    def ring(self) -> torch.Tensor:
+        """The segment, or the receiver's map of it."""
+        if self._segment is not None:
+            return torch.frombuffer(self._segment.memory, dtype=torch.uint8)
+        if self._attachment is None:
+            raise TransferError("the sender's memory was let go of meanwhile")
+        return torch.frombuffer(self._attachment.memory, dtype=torch.uint8)
 
     def join(self, way: str, timeout_seconds: float) -> None:
         """Map the ring, unless this one is mapped already."""
@@ -105,26 +93,10 @@ class _SharedMemory(Carrier):
             raise ProtocolError(f"a malformed way: {error}") from error
         except HandoverError as error:
             raise TransferError(f"the sender's memory cannot be mapped: {error}") from error
-        if NUM_SLOTS * self._way.slot_bytes > len(self._attachment.memory):
+        self.slot_bytes = self._way.slot_bytes
+        if NUM_SLOTS * self.slot_bytes > len(self._attachment.memory):
             raise ProtocolError("the sender's memory is smaller than it says")
         self.kept = way
-
-    def send(
-        self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
-    ) -> None:
-        """It is where it belongs already."""
-        wait_ready()
-
-    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
-        """Copy it out."""
-        if self._attachment is None:
-            raise TransferError("the sender's memory was let go of meanwhile")
-        start = index % NUM_SLOTS * self._way.slot_bytes
-        shared = self._attachment.memory[start : start + len(data)]
-        np.copyto(data.numpy(), np.frombuffer(shared, dtype=np.uint8))
-
-    def abandon(self) -> None:
-        """Nothing is broken: what is in the ring is checked by whoever reads it."""
 
     def close(self) -> None:
         """Unmap the ring; the sender's is freed when the last receiver has let go of it."""
