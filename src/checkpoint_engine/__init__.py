@@ -3,8 +3,9 @@
 Names are loaded when they are first used, so that importing this package imports no torch.
 """
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from checkpoint_engine.lazy import names_from as _names_from
 
 if _TYPE_CHECKING:
     from checkpoint_engine.calls import engine_requests, request_inference_to_update
@@ -88,9 +89,9 @@ __all__ = [
 
 _HOMES = {
     "CheckpointEngine": "streaming",
-    "CudaIpcCheckpointEngine": "streaming",
     "CheckpointEngineManager": "streaming",
     "CheckpointEngineMixin": "streaming",
+    "CudaIpcCheckpointEngine": "streaming",
     "GlooCheckpointEngine": "streaming",
     "HCCLCheckpointEngine": "streaming",
     "NCCLCheckpointEngine": "streaming",
@@ -112,12 +113,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = _names_from(__name__, {name: _HOMES.get(name, "errors") for name in __all__})
 
 
 def __dir__() -> list[str]:

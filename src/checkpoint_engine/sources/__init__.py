@@ -5,12 +5,12 @@ What knows models in training is loaded when it is first used: torch's part for 
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from checkpoint_engine.lazy import names_from
 from checkpoint_engine.plan.layout import TensorSpec, share
 from checkpoint_engine.sources.base import Source
 from checkpoint_engine.sources.files import TensorFiles
@@ -69,13 +69,7 @@ _HOMES = {
     "weights_of": "training",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_from(__name__, _HOMES)
 
 
 class JoinedSource:

@@ -3,8 +3,9 @@
 Names are loaded when they are first used, so that importing one engine loads no other.
 """
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from checkpoint_engine.lazy import names_from as _names_from
 
 if _TYPE_CHECKING:
     from checkpoint_engine.streaming.base import CheckpointEngine, StreamReport
@@ -38,9 +39,9 @@ __all__ = [
 
 _HOMES = {
     "CheckpointEngine": "base",
-    "CudaIpcCheckpointEngine": "cuda_ipc",
     "CheckpointEngineManager": "manager",
     "CheckpointEngineMixin": "mixin",
+    "CudaIpcCheckpointEngine": "cuda_ipc",
     "GlooCheckpointEngine": "collective",
     "HCCLCheckpointEngine": "collective",
     "NCCLCheckpointEngine": "collective",
@@ -52,10 +53,4 @@ _HOMES = {
     "new_engine": "names",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = _names_from(__name__, _HOMES)
