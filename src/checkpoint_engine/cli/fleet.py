@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from checkpoint_engine.cli.console import new_table, out, print_json, printable
-from checkpoint_engine.errors import DeadlineExceeded, UsageError
+from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 
 if TYPE_CHECKING:
     from checkpoint_engine.calls import EngineRequest
@@ -24,6 +25,7 @@ __all__ = [
     "ParallelSize",
     "ReportFile",
     "UnixSocket",
+    "leading",
     "reach",
     "requests_of",
     "show_report",
@@ -91,6 +93,19 @@ def reach(endpoints: Sequence[str], uds: str | None) -> None:
                         "engine up, and the address right?"
                     ) from error
             time.sleep(RETRY_SECONDS)
+
+
+@contextmanager
+def leading(server: ParameterServer, *, as_json: bool) -> Iterator[None]:
+    """Close the server at the end; if an update fails, print its report where JSON is wanted."""
+    try:
+        yield
+    except UpdateFailed as failure:
+        if as_json and failure.report is not None and server.rank == 0:
+            show_report(failure.report, as_json=True)
+        raise
+    finally:
+        server.close()
 
 
 def show_report(result: Report, *, as_json: bool) -> None:

@@ -13,10 +13,10 @@ from checkpoint_engine.cli.fleet import (
     EngineKind,
     ReportFile,
     UnixSocket,
+    leading,
     requests_of,
     show_report,
 )
-from checkpoint_engine.errors import UpdateFailed
 
 __all__ = ["rollback", "versions"]
 
@@ -69,16 +69,10 @@ def rollback(
     from checkpoint_engine.ps import ParameterServer
 
     server = ParameterServer(rank=0, world_size=1)
-    try:
+    with leading(server, as_json=as_json):
         requests = requests_of(server, endpoint, engine, 1, timeout, uds)
         with working("rolling back", True):
             result = server.rollback(
                 requests, to=to, timeout=timedelta(seconds=timeout), report=report
             )
         show_report(result, as_json=as_json)
-    except UpdateFailed as failure:
-        if as_json and failure.report is not None:
-            show_report(failure.report, as_json=True)
-        raise
-    finally:
-        server.close()

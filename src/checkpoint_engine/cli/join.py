@@ -16,6 +16,7 @@ from checkpoint_engine.cli.fleet import (
     ParallelSize,
     ReportFile,
     UnixSocket,
+    leading,
     reach,
     requests_of,
     show_report,
@@ -47,7 +48,7 @@ def join(
     endpoints = endpoint or ["http://localhost:19730"]
     metas = load(load_metas_file)
     server = ParameterServer()
-    try:
+    with leading(server, as_json=as_json):
         requests = requests_of(server, endpoints, engine, inference_parallel_size, timeout, uds)
         with working("waiting for engines and reading from peers", server.rank == 0):
             if requests:
@@ -56,5 +57,3 @@ def join(
             result = server.join(metas, requests, mode=mode, timeout=limit, report=report)
         if server.rank == 0:
             show_report(result, as_json=as_json)
-    finally:
-        server.close()

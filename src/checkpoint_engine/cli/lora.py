@@ -17,11 +17,11 @@ from checkpoint_engine.cli.fleet import (
     EngineKind,
     ReportFile,
     UnixSocket,
+    leading,
     reach,
     requests_of,
     show_report,
 )
-from checkpoint_engine.errors import UpdateFailed
 
 if TYPE_CHECKING:
     from checkpoint_engine.calls import EngineRequest
@@ -143,16 +143,10 @@ def _lead(
 
     urls = [checked_url(url) for url in endpoints]
     server = ParameterServer(rank=0, world_size=1)
-    try:
+    with leading(server, as_json=as_json):
         requests = requests_of(server, urls, engine, 1, timeout_seconds, uds)
         with working("waiting for engines", True):
             reach(urls, uds)
         with working("updating", True):
             result = act(server, requests)
         show_report(result, as_json=as_json)
-    except UpdateFailed as failure:
-        if as_json and failure.report is not None:
-            show_report(failure.report, as_json=True)
-        raise
-    finally:
-        server.close()

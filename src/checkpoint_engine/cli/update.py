@@ -21,12 +21,13 @@ from checkpoint_engine.cli.fleet import (
     ParallelSize,
     ReportFile,
     UnixSocket,
+    leading,
     reach,
     requests_of,
     show_report,
 )
 from checkpoint_engine.cli.join import join
-from checkpoint_engine.errors import UpdateFailed, UsageError
+from checkpoint_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from checkpoint_engine.update.probe import Probe
@@ -112,7 +113,7 @@ def update(
     from checkpoint_engine.update.metas import save_metas_file as save
 
     server = ParameterServer()
-    try:
+    with leading(server, as_json=as_json):
         requests = requests_of(server, endpoints, engine, inference_parallel_size, timeout, uds)
         with working(f"reading {checkpoint_path}", server.rank == 0):
             source = SafetensorsSource(safetensors_files(checkpoint_path))
@@ -142,12 +143,6 @@ def update(
             if server.rank == 0:
                 show_report(result, as_json=as_json)
         time.sleep(sleep_time)
-    except UpdateFailed as failure:
-        if as_json and failure.report is not None and server.rank == 0:
-            show_report(failure.report, as_json=True)
-        raise
-    finally:
-        server.close()
 
 
 def _probe(url: str | None, seconds: float, threshold: int) -> Probe | None:
