@@ -9,10 +9,6 @@ Only ours checks the digests of what is sent and of what arrives.
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -23,7 +19,7 @@ import torch.distributed as dist
 
 from checkpoint_engine.bench.link import FarHost
 from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost
+from checkpoint_engine.bench.ranks import Place, free_port, run_ranks
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.sources import TensorSource
@@ -73,49 +69,24 @@ def measure_broadcast(
         DeadlineExceeded: the ranks did not end.
     """
     tell("broadcast", 0, 1)
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
     num_hosts, address = (2, far.address) if far else (NUM_HOSTS, LOOPBACK)
+    port = free_port()
     jobs = [
         _Job(rank, num_hosts, address, port, num_bytes, rounds, warmups)
         for rank in range(num_hosts)
     ]
-    secret = secrets.token_hex(32)
-    ranks = [_spawn(job, far, secret) for job in jobs]
-    try:
-        outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    places = _places(far) if far else ()
+    outputs = run_ranks(
+        __name__, jobs, "the broadcast", timeout_seconds=TOTAL_SECONDS, places=places
+    )
     tell("broadcast", 1, 1)
     return msgspec.json.decode(outputs[0], type=Samples)
 
 
-def _spawn(job: _Job, far: FarHost | None, secret: str) -> subprocess.Popen[bytes]:
-    command: tuple[str, ...] = ()
-    variables = {"OMP_NUM_THREADS": "1", "CKPT_ENGINE_SECRET": secret}
-    if far is not None:  # torch's own group, too, must meet over the link
-        command = far.command if job.rank == 0 else ()
-        interface = far.interface if job.rank == 0 else far.near_interface
-        variables["GLOO_SOCKET_IFNAME"] = interface
-    return subprocess.Popen(  # noqa: S603 - our own module, typed arguments
-        [*command, sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **variables},
-    )
-
-
-def _output(rank: int, process: subprocess.Popen[bytes]) -> bytes:
-    try:
-        output, errors = process.communicate(timeout=TOTAL_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(f"rank {rank} is not done in {TOTAL_SECONDS:.0f} s") from error
-    if process.returncode:
-        raise PeerLost(f"rank {rank} of the broadcast failed: {errors.decode()[-2000:]}")
-    return output
+def _places(far: FarHost) -> list[Place]:
+    """Torch's own group, too, must meet over the link."""
+    near = Place(variables={"GLOO_SOCKET_IFNAME": far.near_interface})
+    return [Place(far.command, {"GLOO_SOCKET_IFNAME": far.interface}), near]
 
 
 class _Rank:
@@ -215,7 +186,7 @@ def _main(arguments: Iterable[str]) -> None:
     rank = _Rank(job)
     samples = rank.measure(job)
     rank.close()
-    sys.stdout.buffer.write(msgspec.json.encode(samples))
+    sys.stdout.buffer.write(msgspec.json.encode(samples) + b"\n")
 
 
 if __name__ == "__main__":

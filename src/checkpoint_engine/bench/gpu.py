@@ -81,7 +81,7 @@ class _Child:
     def close(self) -> None:
         """End it."""
         self._process.kill()
-        self._process.wait()
+        self._process.wait(timeout=ANSWER_SECONDS)
 
 
 class _Package:

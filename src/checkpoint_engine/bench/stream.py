@@ -13,10 +13,6 @@ actors take it out.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +33,7 @@ from checkpoint_engine.bench.measure import (
     Unavailable,
     run_rounds,
 )
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost
+from checkpoint_engine.bench.ranks import free_port, run_ranks
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.streaming import new_engine
 from checkpoint_engine.transport.address import LOOPBACK
@@ -97,40 +93,11 @@ def _measure(
     what: str, num_bytes: int, rounds: int, warmups: int, tell: Tell, *, by_ray: bool
 ) -> Samples:
     tell(what, 0, 1)
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     jobs = [_Job(rank, port, num_bytes, rounds, warmups, by_ray) for rank in range(NUM_RANKS)]
-    secret = secrets.token_hex(32)
-    ranks = [_spawn(job, secret) for job in jobs]
-    try:
-        outputs = [_output(rank, process) for rank, process in enumerate(ranks)]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    outputs = run_ranks(__name__, jobs, "the stream", timeout_seconds=TOTAL_SECONDS)
     tell(what, 1, 1)
-    return msgspec.json.decode(outputs[0].splitlines()[-1], type=Samples)
-
-
-def _spawn(job: _Job, secret: str) -> subprocess.Popen[bytes]:
-    variables = {"OMP_NUM_THREADS": "1", "CKPT_ENGINE_SECRET": secret}
-    return subprocess.Popen(  # noqa: S603 - our own module, typed arguments
-        [sys.executable, "-m", __name__, msgspec.json.encode(job).decode()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **variables},
-    )
-
-
-def _output(rank: int, process: subprocess.Popen[bytes]) -> bytes:
-    try:
-        output, errors = process.communicate(timeout=TOTAL_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(f"rank {rank} is not done in {TOTAL_SECONDS:.0f} s") from error
-    if process.returncode:
-        raise PeerLost(f"rank {rank} of the stream failed: {errors.decode()[-2000:]}")
-    return output
+    return msgspec.json.decode(outputs[0], type=Samples)
 
 
 # ── in each rank ────────────────────────────────────────────────────────────────────────────
