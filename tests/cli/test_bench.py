@@ -65,6 +65,5 @@ def test_streams_are_compared_with_bare_ones() -> None:
 
 
 def test_streams_are_compared_with_the_object_store_of_ray() -> None:
-    pytest.importorskip("ray")
     samples = measure_ray(32 * MIB, rounds=1, warmups=0, tell=ignore)
     assert set(samples) == {"stream beside Ray", "Ray object store"}

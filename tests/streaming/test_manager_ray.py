@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-pytest.importorskip("ray")
+from ray_scripts import said_by
 
 
 def test_actors_are_synced_and_one_may_die() -> None:
-    script = Path(__file__).with_name("sync_ray.py")
-    process = subprocess.run(
-        [sys.executable, "-W", "default", str(script)],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=110,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
-        check=True,
-    )
-    found = json.loads(process.stdout.splitlines()[-1])
+    found = said_by("sync_ray.py")
     assert found["published"] == "published"
     assert found["served"] == [["ray", "one", [1]]] * 2
     assert found["failed"].startswith("update to 'two' rolled back: sampler 1: PeerLost: it died")
