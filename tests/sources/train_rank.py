@@ -185,9 +185,13 @@ class Rank:
             part.clone(), mesh, placements, run_check=False, shape=whole.shape,
             stride=whole.stride(),
         )  # fmt: skip
-        got = dict(named_weights({"w": tensor}, to=to))
-        return "w" in got, all(torch.equal(one, whole) and one.dtype == whole.dtype
-                               for one in got.values())  # fmt: skip
+        # Two in one message, so that the second begins where the first one's bytes end.
+        got = dict(named_weights({"v": tensor.clone(), "w": tensor.double()}, to=to))
+        due = {"v": whole, "w": whole.double()}
+        return "w" in got, all(
+            torch.equal(one, due[name]) and one.dtype == due[name].dtype
+            for name, one in got.items()
+        )
 
     def mesh(self, sizes: tuple[int, ...]) -> DeviceMesh:
         self.meshes: dict[tuple[int, ...], DeviceMesh] = getattr(self, "meshes", {})

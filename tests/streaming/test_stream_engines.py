@@ -13,7 +13,7 @@ import torch
 from stream_weights import MIB, equal, weights
 
 import checkpoint_engine
-from checkpoint_engine.errors import SourceError, UsageError
+from checkpoint_engine.errors import SourceError, UsageError, VerificationError
 from checkpoint_engine.streaming import (
     CheckpointEngine,
     CudaIpcCheckpointEngine,
@@ -118,6 +118,36 @@ def test_a_tensor_that_is_given_twice_fails_both_ends(pair: Pair) -> None:
     assert isinstance(at_sender, SourceError)
     assert isinstance(at_receiver, SourceError)
     assert "the sender gave up: tensor 'a' is given twice" in str(at_receiver)
+    assert sync(pair, weights(1))[0].label == "sync-2"
+
+
+def test_bytes_that_change_on_their_way_are_given_to_nobody(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carrier, seen = pair[1].link.carrier, []
+    receive = carrier.receive
+
+    def damaged(index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+        receive(index, data, timeout_seconds)
+        if index == 1:
+            data[7] ^= 1
+
+    async def take() -> None:
+        async for name, _ in pair[1].receive_weights():
+            seen.append(name)
+
+    async def both() -> Any:
+        sent = {name: torch.ones(4 * MIB, dtype=torch.uint8) for name in "abc"}
+        return await asyncio.gather(pair[0].send_weights(sent), take(), return_exceptions=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(carrier, "receive", damaged)
+        at_sender, at_receiver = asyncio.run(both())
+    assert isinstance(at_receiver, VerificationError)
+    assert isinstance(at_sender, VerificationError)
+    assert "rank 1 gave up" in str(at_sender)
+    assert "'b'" in str(at_receiver)
+    assert "b" not in seen
     assert sync(pair, weights(1))[0].label == "sync-2"
 
 
