@@ -38,7 +38,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
     "initializer_range": 0.15,
 }
@@ -80,7 +80,7 @@ class VllmServer(EngineServer):
     ) -> None:
         command = [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--served-model-name", "m", "--max-model-len", "1024", "--max-num-seqs", "8",
+            "--served-model-name", "m", "--max-model-len", "4096", "--max-num-seqs", "8",
             "--dtype", "bfloat16", "--enforce-eager", *options,
         ]  # fmt: skip
         super().__init__(command, log, {**SERVER_VARIABLES, **variables})

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from engine_server import environment
+from engine_server import OWN_GROUP, environment
 from sglang_server import SGLangServer
 
 from children import wait_until
@@ -54,7 +54,7 @@ def staying(python: Path, server: SGLangServer, folder: Path, metas: Path) -> It
             stdout=out,
             stderr=subprocess.STDOUT,
             env=variables(python),
-            start_new_session=True,
+            **OWN_GROUP,
         )
     try:
         wait_until(lambda: "Update weights without" in log.read_text(), "the first update")
