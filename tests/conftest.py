@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from e2e_server import COMMAND, Server, Servers, make_environment
 
 from checkpoint_engine.ps import ParameterServer
+from children import free_port
 from replica_nursery import Nursery
 
 
@@ -58,11 +58,9 @@ def lone_server(
     server.close()
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(name="free_port")
+def a_free_port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="session")
