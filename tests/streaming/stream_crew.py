@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from children import Child, call_all
+from children import Child, call_all, wait_until
 
 SCRIPT = "streaming/stream_member.py"
 
@@ -49,7 +49,14 @@ class Crew:
         for child in reversed(self._children):
             if child.alive:
                 child.forget()
-                child.call("finalize")
+                self._finalize(child)
+
+    @staticmethod
+    def _finalize(child: Child) -> None:
+        try:
+            child.call("finalize")
+        except RuntimeError:  # it may be dying, as a test has told it to
+            wait_until(lambda: not child.alive, "the end of a process that does not finalize")
 
     def close(self) -> None:
         for child in self._children:

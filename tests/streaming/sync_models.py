@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import threading
@@ -114,5 +113,4 @@ class Sampler(CheckpointEngineMixin):
         self.num_holds += 1
 
     def release_requests(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.held.release()
+        self.held.release()

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sync_models import Sampler, Trainer, as_text, greedy, llama, logits, lora, merged_by_hand
+from sync_models import (
+    SETTINGS,
+    Sampler,
+    Trainer,
+    as_text,
+    greedy,
+    llama,
+    logits,
+    lora,
+    merged_by_hand,
+)
 from sync_models import with_adapter as peft_model
 
 from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
 from checkpoint_engine.adapters.callback import CallbackAdapter
-from checkpoint_engine.errors import AdapterError, UsageError
+from checkpoint_engine.errors import AdapterError, DeadlineExceeded, UsageError
 from checkpoint_engine.sources import TensorSource, adapter_config, adapter_weights
 from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.store import digest_in_place
 from checkpoint_engine.streaming import SharedMemoryCheckpointEngine
 from checkpoint_engine.streaming import sampler as sampler_side
+from checkpoint_engine.streaming import trainer as trainer_side
 from checkpoint_engine.update.protocol import Report
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
@@ -321,3 +333,85 @@ def test_engines_by_name(manage: Manage) -> None:
     manage(trainer, sampler).sync_weights()
     assert isinstance(trainer._checkpoint_engine, SharedMemoryCheckpointEngine)
     assert as_text(sampler.model.state_dict()) == as_text(trainer.model.state_dict())
+
+
+class Stubborn(CheckpointEngineMixin):
+    """Loads by itself, but not the next `num_failures` times."""
+
+    checkpoint_engine_name = "gloo"
+    checkpoint_engine_settings = SETTINGS
+    num_failures = 0
+
+    def __init__(self) -> None:
+        self.requests = threading.Lock()
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise RuntimeError("cannot load now")
+
+    def hold_requests(self, timeout_seconds: float) -> None:
+        if not self.requests.acquire(timeout=0.1):
+            raise DeadlineExceeded("requests do not end")
+
+    def release_requests(self) -> None:
+        self.requests.release()
+
+
+def test_a_torn_sampler_is_mended_by_the_next_sync(manage: Manage) -> None:
+    trainer, sampler = Trainer(llama(1)), Stubborn()
+    manager = manage(trainer, sampler)
+    manager.sync_weights()
+    sampler.num_failures = 2  # the load, and the way back
+    with pytest.raises(UpdateFailed) as failed:
+        manager.sync_weights()
+    assert failed.value.report is not None
+    assert [one.outcome for one in failed.value.report.replicas] == ["torn"]
+    assert sampler.requests.locked()
+    assert manager.sync_weights(label="well").outcome == "published"
+    assert not sampler.requests.locked()
+
+
+def test_requests_that_do_not_end_are_not_let_go(manage: Manage) -> None:
+    sampler = Stubborn()
+    with sampler.requests:
+        with pytest.raises(UpdateFailed, match="requests do not end"):
+            manage(Trainer(llama(1)), sampler).sync_weights()
+        assert sampler.requests.locked()
+
+
+def test_what_a_sampler_failed_for_is_told(manage: Manage) -> None:
+    class Failing(Sampler):
+        def receive_weights(self) -> Report:
+            raise RuntimeError("no memory for it")
+
+    trainer = Trainer(llama(1))
+    trainer.checkpoint_engine_settings = {**SETTINGS, "timeout": 2}
+    with pytest.raises(UpdateFailed, match=r"sampler 0: RuntimeError: no memory.* did not come"):
+        manage(trainer, Failing(llama(2))).sync_weights()
+
+
+def test_other_processes_of_a_trainer_hear_of_any_error(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = [Trainer(llama(1)), Trainer(llama(1))]
+    heard: list[str] = []
+
+    def fail(model: torch.nn.Module, *_: Any) -> Any:
+        if model is trainers[0].model:
+            raise RuntimeError("no memory for it")
+        return iter(())
+
+    class Follower(Trainer):
+        def send_weights(self, *arguments: Any) -> Report:
+            try:
+                return super().send_weights(*arguments)
+            except UpdateFailed as error:
+                heard.append(str(error))
+                raise
+
+    trainers[1] = Follower(trainers[1].model)
+    monkeypatch.setattr(trainer_side, "made", fail)
+    with pytest.raises(RuntimeError, match="no memory for it"):
+        manage(trainers, Sampler(llama(2))).sync_weights()
+    assert heard == ["no memory for it"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,61 @@ def test_finalize_may_be_called_twice_and_prepare_begins_anew(socket_folder: Pat
         sampler.init_process_group(rank=1, world_size=2, master_metadata=metadata)
     sampler.finalize()
     trainer.finalize()
+
+
+def test_finalize_ends_a_cycle_whose_generator_waits(pair: Pair) -> None:
+    async def waited() -> None:
+        goes_on = asyncio.Event()
+
+        async def tensors() -> AsyncIterator[tuple[str, torch.Tensor]]:
+            yield "a", torch.ones(3)
+            await goes_on.wait()
+            yield "b", torch.ones(4 * MIB)
+
+        sending = asyncio.create_task(pair[0].send_weights(tensors()))
+        receiving = asyncio.create_task(received(pair[1]))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(pair[0].finalize)
+        goes_on.set()
+        with pytest.raises(UsageError, match="was finalized meanwhile"):
+            await asyncio.wait_for(sending, 30)
+        with pytest.raises(UsageError, match="the sender gave up"):
+            await receiving
+
+    asyncio.run(waited())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_trainer_at_the_same_port_counts_anew(
+    kind: Any, socket_folder: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_SECRET", "s" * 40)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    settings = {"bucket_size": 4 * MIB, "timeout": 5}
+    sampler = kind(**settings)
+    for trainer in (kind(**settings), kind(**settings)):
+        trainer.init_process_group(rank=0, world_size=2)
+        sampler.init_process_group(rank=1, world_size=2)
+        for number in (1, 2):
+            report, found = sync((trainer, sampler), weights(number))
+            assert report.label == f"sync-{number}"
+            assert all(equal(found[name], one) for name, one in weights(number).items())
+        trainer.finalize()
+    sampler.finalize()
+
+
+def test_meeting_again_is_following_the_trainer(socket_folder: Path) -> None:
+    trainer, sampler = connected(GlooCheckpointEngine)
+    with pytest.raises(UsageError, match=r"finalize\(\) comes before"):
+        trainer.init_process_group(rank=0, world_size=3)
+    sync((trainer, sampler), weights(1))
+    other, unused = connected(GlooCheckpointEngine)
+    sampler.init_process_group(rank=1, world_size=2, master_metadata=other.prepare())
+    _, found = sync((other, sampler), weights(2))
+    assert all(equal(found[name], tensor) for name, tensor in weights(2).items())
+    for engine in (sampler, trainer, unused, other):
+        engine.finalize()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ knows the secret of `transport.secret`: on one host it is found, between hosts i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from abc import abstractmethod
@@ -94,6 +95,7 @@ class StreamingEngine(CheckpointEngine):
             rebuild_group=rebuild_group,
         )
         self._rank: int | None = None
+        self._place: tuple[int, dict[str, Any] | None] | None = None
         self._keeper: Keeper | None = None
         self._metadata: dict[str, Any] = {}
         self._link: Link | None = None
@@ -152,12 +154,16 @@ class StreamingEngine(CheckpointEngine):
         """
         if not -1 <= rank < world_size:
             raise UsageError(f"rank {rank} is not one of world size {world_size}")
-        if self._link is not None and self._link.rendezvous.world_size == world_size:
+        place = (world_size, None if rank == 0 else dict(master_metadata or {}))
+        if self._link is not None:
             if self._rank != rank:
                 raise UsageError(f"this process is rank {self._rank} already, not {rank}")
-            return
+            if self._place == place:
+                return
+            if rank == 0:
+                raise UsageError("finalize() comes before meeting another number of receivers")
         self._leave()
-        self._rank = rank
+        self._rank, self._place = rank, place
         if rank != 0 and self.is_master:
             raise UsageError(f"rank {rank} cannot be the master, which is rank 0")
         if rank < 0:
@@ -240,7 +246,7 @@ class StreamingEngine(CheckpointEngine):
                     arrived.release()
                 version = arrived
                 await in_thread(lambda: receiving.finish(version))
-            except GeneratorExit:
+            except (GeneratorExit, asyncio.CancelledError):
                 receiving.give_up(UsageError("its consumer left before the last tensor"))
                 raise
             except BaseException as error:

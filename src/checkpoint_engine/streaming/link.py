@@ -11,6 +11,7 @@ died, joins the one that is under way, or the next.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,9 @@ class Link:
         self._threads: Sequence[threading.Thread] = ()
         self._last = 0
         self._past: list[Cycle] = []
+        self._sender = b""
+        if rendezvous.rank == 0:
+            self._speaking.put("sender", secrets.token_bytes(8))
 
     @property
     def rank(self) -> int:
@@ -99,8 +103,10 @@ class Link:
         Raises:
             DeadlineExceeded: something of it waits still.
         """
-        deadline = time.monotonic() + self.settings.timeout_seconds
-        if not self._turn.acquire(timeout=self.settings.timeout_seconds):
+        # What is left of it has deadlines of its own, which began before.
+        longest_seconds = self.settings.timeout_seconds + LEAVE_SECONDS
+        deadline = time.monotonic() + longest_seconds
+        if not self._turn.acquire(timeout=longest_seconds):
             raise DeadlineExceeded("the last cycle is still being left")
         try:
             for thread in _begun(self._threads):
@@ -121,6 +127,10 @@ class Link:
         """
         deadline = time.monotonic() + self.settings.timeout_seconds
         with with_sender():
+            sender = self._speaking.get("sender", self.settings.timeout_seconds)
+            if sender != self._sender:  # its keys are new ones, and so is the way of bytes
+                self._sender, self._last, self._past = sender, 0, []
+                self.carrier.abandon()
             number = max(self._last + 1, self._speaking.add("cycles", 0))
         cycle = self._cycle(number)
         if _is_set(cycle.hearing, "over", 0.0):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for
@@ -26,6 +26,7 @@ from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
     PeerLost,
+    UpdateFailed,
     UsageError,
 )
 from checkpoint_engine.streaming.base import CheckpointEngine
@@ -210,8 +211,28 @@ def _first_result(started: Sequence[tuple[str, Future[Any]]], deadline: float) -
     (name, first), *others = started
     try:
         return _result(name, first, deadline)
+    except CheckpointEngineError as error:
+        wait_for([future for _, future in others], LEAVE_SECONDS)
+        for other, cause in _foreign_causes(others, deadline):  # who failed by itself knows more
+            said = f"{other}: {type(cause).__name__}: {cause}; so {name}: {error}"
+            raise UpdateFailed(said) from cause
+        raise
     finally:
         wait_for([future for _, future in others], LEAVE_SECONDS)
+
+
+def _foreign_causes(
+    started: Sequence[tuple[str, Future[Any]]], deadline: float
+) -> Iterator[tuple[str, Exception]]:
+    """What failed for a reason that is none of this package's."""
+    for name, future in started:
+        try:
+            if future.done():
+                _result(name, future, deadline)
+        except CheckpointEngineError:
+            pass
+        except Exception as cause:
+            yield name, cause
 
 
 def _result(name: str, future: Future[Any], deadline: float) -> Any:

@@ -5,8 +5,8 @@
 
     class Sampler(CheckpointEngineMixin):
         def __init__(self): self.model = ...        # whose weights are replaced in place
-        def hold_requests(self, timeout_seconds): self.lock.acquire(timeout=timeout_seconds)
-        def release_requests(self): self.lock.release()
+        def hold_requests(self, timeout_seconds): self.server.pause(timeout_seconds)  # or raises
+        def release_requests(self): self.server.resume()
 
 Its methods are called by a manager, in this process or, if it is a Ray actor, by the driver's.
 """

@@ -71,7 +71,7 @@ class Sampler(Protocol):
     model: Any
 
     def hold_requests(self, timeout_seconds: float) -> None:
-        """Stop them."""
+        """Stop them, or raise DeadlineExceeded."""
         ...
 
     def release_requests(self) -> None:
@@ -157,7 +157,8 @@ class Seats:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self._weights = Seat(_weights_adapter(sampler), sampler)
+        self._requests = _Requests(sampler)
+        self._weights = Seat(_weights_adapter(sampler), self._requests)
         self._attached: dict[str, Seat] = {}
         self.version: Version | None = None
         self.adapters: dict[str, Version] = {}
@@ -168,7 +169,7 @@ class Seats:
         if order.kind == "adapter" and not hasattr(self._sampler, "load_weights"):
             if order.adapter not in self._attached:
                 attached = AttachedAdapter(self._sampler, order.adapter, self._base)
-                self._attached[order.adapter] = Seat(attached, self._sampler)
+                self._attached[order.adapter] = Seat(attached, self._requests)
             seat = self._attached[order.adapter]
         seat.adapter.identity = Identity(replica=name, engine=name)
         seat.refusal = self._refusal(order)
@@ -219,18 +220,37 @@ class Seats:
         del self.adapters[name]
 
 
+class _Requests:
+    """A sampler's. A seat that is torn leaves them held, and any that is mended lets them go."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._are_held = False
+
+    def hold(self, timeout_seconds: float) -> None:
+        """Stop them, unless they are."""
+        if not self._are_held:
+            self._sampler.hold_requests(timeout_seconds)
+            self._are_held = True
+
+    def release(self) -> None:
+        """Let them go on, if they were held here."""
+        if self._are_held:
+            self._sampler.release_requests()
+            self._are_held = False
+
+
 class Seat:
     """An adapter, the version that it is to take, and the requests that wait meanwhile.
 
     What it does not say itself, its adapter does; together they are an `adapters.base.Adapter`.
     """
 
-    def __init__(self, adapter: Adapter, sampler: Sampler) -> None:
-        self.adapter, self._sampler = adapter, sampler
+    def __init__(self, adapter: Adapter, requests: _Requests) -> None:
+        self.adapter, self._requests = adapter, requests
         self.refusal = ""
         self._offered: Held | None = None
         self._served: Held | None = None
-        self._holds = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.adapter, name)
@@ -261,13 +281,13 @@ class Seat:
 
     def pause(self, timeout_seconds: float) -> None:
         """Stop requests."""
-        self._sampler.hold_requests(timeout_seconds)
+        self._requests.hold(timeout_seconds)
         self.adapter.pause(timeout_seconds)
 
     def resume(self) -> None:
         """Let requests go on."""
         self.adapter.resume()
-        self._sampler.release_requests()
+        self._requests.release()
 
 
 class _Quiet:

@@ -86,6 +86,7 @@ class Sending:
         self._ranks = range(1, link.rendezvous.world_size)
         self._stopped = threading.Event()
         self._meeting, self._ending = threading.Lock(), threading.Lock()
+        self._cause: BaseException | None = None
         self._cycle: Cycle | None = None
         self._voice: Voice | None = None
         self._watch: Watch | None = None
@@ -194,6 +195,8 @@ class Sending:
         while True:
             with self._clock.time("generate"):
                 pair = await anext(pairs, None)
+            if self._stopped.is_set():
+                raise TransferError("the cycle was given up")
             if pair is None:
                 break
             weight = weight_of(*pair)
@@ -264,7 +267,7 @@ class Sending:
         self._stopped.set()
         with self._ending:
             if self._end not in self._link.under_way:
-                return error
+                return self._cause or error
             with self._meeting:  # a task may be cancelled before that is over
                 self._announcer.stop()
             cause = error
@@ -278,6 +281,7 @@ class Sending:
                     self._link.end(self._cycle)
             self._carrier.abandon()
             self._link.under_way.discard(self._end)
+            self._cause = cause
             return cause
 
     def _end(self) -> None:

@@ -58,13 +58,19 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
-        """Have it called after all that were given before."""
+        """Have it called after all that were given before; cancelled if it was stopped."""
         future: Future[Result] = Future()
-        self._calls.put((future, call))
+        with self._lock:
+            if self._is_stopped:
+                future.cancel()
+            else:
+                self._calls.put((future, call))
         return future
 
     def close(self) -> None:
@@ -73,7 +79,8 @@ class Worker:
 
     def stop(self) -> None:
         """Forget the calls that have not begun, and wait for the one that has."""
-        with contextlib.suppress(queue.Empty):
+        with self._lock, contextlib.suppress(queue.Empty):
+            self._is_stopped = True
             while (given := self._calls.get_nowait()) is not None:
                 given[0].cancel()
         self.close()

@@ -21,6 +21,7 @@ from checkpoint_engine.adapters.attached import LacksBase, config_tensor
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
+    PeerLost,
     RemoteError,
     UpdateFailed,
     UsageError,
@@ -77,9 +78,10 @@ class TrainerSide:
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
             ending = self._send(model, kind, adapter, label, steps)
-        except CheckpointEngineError as error:
+        except BaseException as error:  # the others must not wait, whatever it is
             said = _Step(ending=Ending(error=RemoteError.of(error)))
-            steps.append(msgspec.msgpack.encode(said))
+            with contextlib.suppress(PeerLost, DeadlineExceeded):
+                steps.append(msgspec.msgpack.encode(said))
             raise
         steps.append(msgspec.msgpack.encode(_Step(ending=ending)))
         return raise_failed(ending)

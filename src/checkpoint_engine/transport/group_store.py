@@ -7,16 +7,18 @@ group = ProcessGroupGloo(store, rank, size, options)
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from checkpoint_engine.errors import DeadlineExceeded
+from checkpoint_engine.errors import DeadlineExceeded, TransferError
 from checkpoint_engine.transport.keystore import KeyStore
 
 __all__ = ["GroupStore"]
 
+POLL_SECONDS = 0.2
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 
@@ -38,6 +40,7 @@ class GroupStore(Store):
         self._keys, self._prefix, self._note = keys, prefix, note
         self._timeout = DEFAULT_TIMEOUT
         self._lock = threading.Lock()
+        self._is_closed = False
 
     @property
     def timeout(self) -> timedelta:
@@ -56,8 +59,7 @@ class GroupStore(Store):
 
     def get(self, key: str) -> bytes:
         """Wait until a key is set."""
-        with self._lock:
-            return self._keys.get(self._prefix + key, self._timeout.total_seconds())
+        return self._found(key, self._timeout.total_seconds())
 
     def add(self, key: str, amount: int) -> int:
         """Add to a counter."""
@@ -67,9 +69,8 @@ class GroupStore(Store):
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all of them are set."""
         seconds = (self._timeout if timeout is None else timeout).total_seconds()
-        with self._lock:
-            for key in keys:
-                self._keys.get(self._prefix + key, seconds)
+        for key in keys:
+            self._found(key, seconds)
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all of them are set."""
@@ -85,6 +86,22 @@ class GroupStore(Store):
             return self._keys.delete(self._prefix + key)
 
     def close(self) -> None:
-        """Disconnect; the group is over, or needs no keys any more."""
+        """Disconnect; the group is over, or needs no keys any more. Ends what waits."""
+        self._is_closed = True
         with self._lock:
             self._keys.close()
+
+    def _found(self, key: str, seconds: float) -> bytes:
+        """A key's value; the lock is let go now and then, for those who close."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            with self._lock:
+                if self._is_closed:
+                    raise TransferError("the group was abandoned while it was made")
+                try:
+                    return self._keys.get(self._prefix + key, min(left, POLL_SECONDS))
+                except DeadlineExceeded as error:
+                    if left <= POLL_SECONDS:
+                        said = f"no rank of the group set {key!r} in {seconds:.1f} s"
+                        raise DeadlineExceeded(said) from error
