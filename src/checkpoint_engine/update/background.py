@@ -9,6 +9,8 @@ What needs the engine's thread waits until that is lent; all else happens on a t
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 
 import msgspec
@@ -67,6 +69,7 @@ class Background:
         return self.progress()
 
     def _run(self) -> None:
+        _leave_bound_cores()
         rank = self._adapter.identity.rank
         try:
             outcome = session.run(self._handle, self._adapter, Attachments(keep_maps=False))
@@ -78,3 +81,12 @@ class Background:
             self._ended = Progress(rank=rank, state="kept", error=said)
         finally:
             self._turn.end()
+
+
+def _leave_bound_cores() -> None:
+    """Let this thread, and those that it starts, use every core that the engine as a whole may use.
+
+    On a CPU vLLM binds a worker to cores, where idle threads get little while it serves.
+    """
+    with contextlib.suppress(OSError):  # then it takes longer
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
