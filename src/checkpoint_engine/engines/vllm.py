@@ -60,8 +60,11 @@ class Vllm:
             raise AdapterError(_explain(endpoint, workers))
 
     def hold_loras(self, endpoint: Endpoint, timeout_seconds: float) -> bool:
-        """Requests in flight wait, and go on afterwards; see `load_lora`."""
-        is_held = _is_held(endpoint)
+        """Requests in flight wait, and go on afterwards; see `load_lora`.
+
+        A vLLM that an update of its weights has left paused stays so: no adapter mends those.
+        """
+        is_held = endpoint.get("/is_paused")["is_paused"]
         _pause(endpoint)
         return not is_held
 
