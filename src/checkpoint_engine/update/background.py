@@ -89,4 +89,5 @@ def _leave_bound_cores() -> None:
     On a CPU vLLM binds a worker to cores, where idle threads get little while it serves.
     """
     with contextlib.suppress(OSError):  # then it takes longer
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        cores = os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid())
+        os.sched_setaffinity(0, cores)
