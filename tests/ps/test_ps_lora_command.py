@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 from ps_lora_engine import LoraEngine, lora_tensors, save_lora, serving
+from ps_lora_vllm import LoraVllm
 from test_ps_lora import equal
+
+HEARD_SECONDS = 1.0
 
 
 @pytest.fixture
@@ -39,6 +47,49 @@ def test_load_replace_list_and_unload(
     versions = run("versions", **variables).stdout
     assert versions.count("→") == 1
     assert [name in versions for name in ("sft-1", "sft-2", "unloaded")] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("asked_to_end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_asked_to_end_in_the_middle_it_leaves_the_one_before_and_lets_requests_go_on(
+    environment: dict[str, str], tmp_path: Path, asked_to_end: signal.Signals, status: int
+) -> None:
+    environment["CKPT_ENGINE_LORA_DIR"] = str(tmp_path / "loras")
+    loading, may_go_on = threading.Event(), threading.Event()
+
+    def wait(engine: LoraEngine, name: str, folder: Path) -> None:
+        loading.set()
+        assert may_go_on.wait(60)
+
+    def load(seed: int) -> subprocess.Popen[str]:
+        folder = save_lora(tmp_path / f"sft-{seed}", seed)
+        words = ["lora", "load", "helper", str(folder), "--endpoint", vllm.url]
+        return subprocess.Popen(
+            [sys.executable, "-m", "checkpoint_engine", *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with serving(LoraVllm()) as vllm:
+        with load(1) as first:
+            assert first.wait(60) == 0
+        vllm.on_loaded = wait
+        with load(2) as second:
+            try:
+                assert loading.wait(60)
+                assert vllm.paused
+                second.send_signal(asked_to_end)
+                vllm.on_loaded = None
+                time.sleep(HEARD_SECONDS)  # an engine that answers before would have been in time
+                may_go_on.set()
+                assert second.wait(60) == status, second.stderr and second.stderr.read()
+            finally:
+                may_go_on.set()
+                second.kill()
+        assert not vllm.paused
+        assert equal(vllm.served["helper"], lora_tensors(1))
 
 
 def test_what_is_refused_says_why_and_exits_accordingly(

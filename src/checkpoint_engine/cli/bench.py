@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from checkpoint_engine.cli.console import err, new_table, out, print_json
+from checkpoint_engine.cli.console import err, exit_on_sigterm, new_table, out, print_json
 from checkpoint_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +60,7 @@ def _run(size: str, rounds: int, only: list[str]) -> BenchResult:
 
     from checkpoint_engine.bench.run import run_bench
 
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)  # the replica, and files in memory, go with this process
+    exit_on_sigterm()  # the replica, and files in memory, go with this process
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="ckpt-engine-bench-") as folder,

@@ -11,6 +11,7 @@ terminal obeys the control characters in what it is shown.
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ __all__ = [
     "err",
     "exit_code",
     "exit_on_error",
+    "exit_on_sigterm",
     "new_table",
     "out",
     "print_json",
@@ -96,6 +98,15 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         err.print("interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C would: what it holds, it lets go of first."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def printable(text: str) -> str:

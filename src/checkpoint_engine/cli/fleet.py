@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from checkpoint_engine.cli.console import new_table, out, print_json, printable
+from checkpoint_engine.cli.console import (
+    exit_on_sigterm,
+    new_table,
+    out,
+    print_json,
+    printable,
+)
 from checkpoint_engine.errors import DeadlineExceeded, UpdateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +103,11 @@ def reach(endpoints: Sequence[str], uds: str | None) -> None:
 
 @contextmanager
 def leading(server: ParameterServer, *, as_json: bool) -> Iterator[None]:
-    """Close the server at the end; if an update fails, print its report where JSON is wanted."""
+    """Close the server at the end; if an update fails, print its report where JSON is wanted.
+
+    SIGTERM ends it as Ctrl-C does: engines return to what they served, and go on.
+    """
+    exit_on_sigterm()
     try:
         yield
     except UpdateFailed as failure:

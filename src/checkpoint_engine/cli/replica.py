@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from checkpoint_engine.cli.console import out
+from checkpoint_engine.cli.console import exit_on_sigterm, out
 from checkpoint_engine.errors import UsageError
 
 __all__ = ["replica"]
@@ -74,10 +73,7 @@ def replica(
         shown = f"[{host}]" if ":" in host else host
         out.print(f"{called} serves {model} on http://{shown}:{bound_port}", soft_wrap=True)
 
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
+    exit_on_sigterm()
     served.engine.start()
     try:
         with scrubbing(served, scrub_seconds):

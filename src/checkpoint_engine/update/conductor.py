@@ -106,6 +106,7 @@ class Conductor:
     received: Segment | None = field(init=False, default=None)
     _events: _Outbox = field(init=False)
     _timeline: Timeline = field(init=False)
+    _calls: list[threading.Thread] = field(init=False, default_factory=list)
 
     def run(self, number: int, calls: Calls) -> Report:
         """Take part in the `number`th update of these ranks; returns its report.
@@ -129,6 +130,11 @@ class Conductor:
         try:
             sessions = self._stage(scope, start, calls)
             return self._follow(scope, sessions, calls.requests)
+        except BaseException:
+            if sessions is not None:
+                sessions.close()
+            self._await_calls()
+            raise
         finally:
             self.door.attend(None)
             if sessions is not None:
@@ -286,9 +292,17 @@ class Conductor:
                 self._events.post(Returned(rank=self.rendezvous.rank, request=number, error=error))
 
         for number, request in enumerate(requests):
-            threading.Thread(
+            thread = threading.Thread(
                 target=call, args=(number, request), name="ckpt-request", daemon=True
-            ).start()
+            )
+            self._calls.append(thread)
+            thread.start()
+
+    def _await_calls(self) -> None:
+        """This process may be about to end; what a call has paused, it lets go of at its end."""
+        deadline = time.monotonic() + self.timeout_seconds + GRACE_SECONDS
+        for thread in self._calls:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _skip(self, requests: Sequence[Request]) -> None:
         for number, _ in enumerate(requests):
