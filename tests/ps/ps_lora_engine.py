@@ -26,6 +26,12 @@ class LoraEngine:
         refuses: names that it does not load, and what it says.
         on_load: called before it reads, with itself, the name and the folder.
         on_loaded: likewise once it has read.
+        paused: whether requests wait.
+        healthy: whether it says that it is.
+        num_running: requests in flight.
+        pauses_late: it pauses, but its answer is an error.
+        reloads: it loads again by itself what it has unloaded, once for each number here, if its
+            folder is there: a request has asked for it.
     """
 
     def __init__(self, owner: str = "sglang") -> None:
@@ -37,6 +43,9 @@ class LoraEngine:
         self.on_load: Spoil | None = None
         self.on_loaded: Spoil | None = None
         self.asked: list[str] = []
+        self.paused = self.pauses_late = False
+        self.healthy = True
+        self.num_running = self.reloads = 0
 
     def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, object]:
         self.asked.append(path)
@@ -44,6 +53,15 @@ class LoraEngine:
             return self._load(body["lora_name"], Path(body["lora_path"]))
         if path == "/unload_lora_adapter":
             return self._unload(body["lora_name"])
+        if path in ("/pause_generation", "/continue_generation"):
+            self.paused = path == "/pause_generation"
+            return (504 if self.paused and self.pauses_late else 200), {}
+        if path in ("/ready", "/ping"):
+            well = self.healthy and not (self.paused and path == "/ready")
+            return (200 if well else 503), None
+        if path.startswith("/v1/loads"):
+            load = {"num_running_reqs": self.num_running, "num_waiting_reqs": 0}
+            return 200, {"loads": [load]}
         cards = [{"id": "m", "owned_by": self.owner, "root": "m", "parent": None}]
         for name, root in self.shown.items():
             cards.append({"id": name, "owned_by": self.owner, "root": root, "parent": "m"})
@@ -66,7 +84,11 @@ class LoraEngine:
     def _unload(self, name: str) -> tuple[int, object]:
         if name not in self.served:
             return 400, {"success": False, "error_message": f"{name} does not exist"}
-        del self.served[name], self.shown[name]
+        folder = Path(self.shown.pop(name))
+        del self.served[name]
+        if self.reloads and folder.exists():
+            self.reloads -= 1
+            self._load(name, folder)
         return 200, {"success": True}
 
 

@@ -16,7 +16,6 @@ class LoraVllm(LoraEngine):
     """Loads in place; what its workers and its caches say can be set.
 
     Attributes:
-        paused: whether requests wait.
         says: what a worker answers when it has tried an adapter; None if that is well.
         drops: whether it drops its prefix cache when it is asked to.
         takes_loras: whether it was started with `--enable-lora`.
@@ -25,7 +24,6 @@ class LoraVllm(LoraEngine):
 
     def __init__(self) -> None:
         super().__init__("vllm")
-        self.paused = False
         self.says: str | None = None
         self.drops = self.takes_loras = self.may_load = True
 
@@ -39,6 +37,9 @@ class LoraVllm(LoraEngine):
             return super().answer("/unload_lora_adapter", body)
         if what in ("/pause", "/resume"):
             self.paused = what == "/pause"
+            if self.paused and self.pauses_late:
+                self.asked.append(path)
+                return 504, {}
         answers: dict[str, object] = {
             "/pause": {},
             "/resume": {},
@@ -64,7 +65,10 @@ class LoraVllm(LoraEngine):
         return {"rank": 0, "state": "none", "label": None, "error": error}
 
     def _load_in_place(self, name: str, folder: Path) -> tuple[int, object]:
-        self.served[name] = load_file(folder / "adapter_model.safetensors")
+        try:
+            self.served[name] = load_file(folder / "adapter_model.safetensors")
+        except FileNotFoundError as error:
+            return 404, {"error": f"No adapter found for {error.filename}"}
         self.shown[name] = str(folder)
         if self.on_loaded:
             self.on_loaded(self, name, folder)

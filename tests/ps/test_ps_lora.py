@@ -57,7 +57,7 @@ def equal(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) 
 
 
 def folders(root: Path) -> list[Path]:
-    return sorted(root.glob("*/*/*"))
+    return sorted(root.glob("*/*/[!.]*"))
 
 
 def serve_same(engines: list[LoraEngine], seed: int, lora: str = "helper") -> bool:
@@ -221,7 +221,10 @@ def test_what_was_not_read_as_it_was_sent_is_taken_back_everywhere(
     assert failed.value.report.outcome == "rolled_back"
     assert [replica.outcome for replica in failed.value.report.replicas] == ["kept"] * 2
     assert serve_same(pair, 1) if had_one else not (pair[0].served or pair[1].served)
-    assert folders(lora_root) == before
+    if had_one:  # the new one stays for an hour: requests that it was shown to may ask for it
+        assert set(before) < set(folders(lora_root))
+    else:
+        assert folders(lora_root) == []
     bring(server, pair, 2)
     assert serve_same(pair, 2)
 

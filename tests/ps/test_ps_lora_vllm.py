@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +95,41 @@ def test_requests_wait_until_engines_of_other_kinds_have_it_too_or_it_is_taken_b
         assert failed.value.report.outcome == "rolled_back"
         assert all(equal(e.served["helper"], lora_tensors(1)) for e in (vllm, sglang))
         assert not vllm.paused
-        assert len(folders(lora_root)) == 2
+        assert {Path(engine.shown["helper"]) for engine in (vllm, sglang)} < set(folders(lora_root))
+
+
+@pytest.mark.parametrize("was_paused", [False, True])
+def test_a_pause_that_was_answered_by_an_error_is_taken_back_unless_it_was_there(
+    server: ParameterServer, vllm: LoraVllm, was_paused: bool
+) -> None:
+    vllm.paused, vllm.pauses_late = was_paused, True
+    with pytest.raises(UpdateFailed, match="504"):
+        bring(server, [vllm], 1)
+    assert (vllm.paused, vllm.served) == (was_paused, {})
+
+
+@pytest.mark.parametrize("was_paused", [False, True])
+def test_if_the_one_before_is_gone_requests_for_others_go_on_without_it(
+    server: ParameterServer, vllm: LoraVllm, was_paused: bool
+) -> None:
+    bring(server, [vllm], 1)
+    vllm.paused = was_paused
+
+    def lose(engine: LoraEngine, name: str, folder: Path) -> None:
+        engine.shown[name] = "/somewhere/else"
+        shutil.rmtree(before)
+
+    before, vllm.on_loaded = Path(vllm.shown["helper"]), lose
+    with pytest.raises(UpdateFailed, match="nothing is served as 'helper' now") as failed:
+        bring(server, [vllm], 2)
+    assert [replica.outcome for replica in failed.value.report.replicas] == ["torn"]
+    assert vllm.shown == {}
+    assert vllm.paused == was_paused
+    last = [path.partition("?")[0] for path in vllm.asked if path != "/v1/models"]
+    assert "/reset_prefix_cache" in last[-2:], "nothing of two adapters is cached"
+    vllm.on_loaded = None
+    bring(server, [vllm], 2)
+    assert equal(vllm.served["helper"], lora_tensors(2))
 
 
 def test_the_folder_of_an_unloaded_adapter_stays_for_requests_in_flight(

@@ -101,16 +101,27 @@ def test_only_its_own_folders_are_removed_whatever_path_it_is_given(
     assert not folder.exists()
 
 
-def test_what_nobody_shows_goes_after_an_hour(folders: LoraFolders, content: Staged) -> None:
-    shown, young, old = (folders.write(name, content) for name in ("shown", "young", "old"))
-    for folder in (shown, old):
+def test_what_was_retired_goes_after_an_hour(folders: LoraFolders, content: Staged) -> None:
+    names = ("shown", "young", "old", "in use", "back again")
+    all_of_them = [folders.write(name.replace(" ", "-"), content) for name in names]
+    shown, _, old, in_use, back_again = all_of_them
+    for folder in all_of_them:
         os.utime(folder, (1, 1))
+        if folder != in_use:
+            folders.retire(str(folder))
+    for folder in (shown, old, back_again):
+        os.utime(folder.with_name(f".retired-{folder.name}"), (1, 1))
+    folders.write("back-again", content)
     folders.sweep({str(shown)})
-    assert [folder.exists() for folder in (shown, young, old)] == [True, True, False]
-    os.utime(young, (1, 1))
-    folders.retire(str(young))  # unloaded just now, however long ago it was written
-    folders.sweep({str(shown)})
-    assert young.exists()
+    assert [f for f in all_of_them if not f.exists()] == [old]
+    assert [path.name for path in old.parent.iterdir()] == []
+
+
+def test_what_a_killed_process_was_writing_goes(folders: LoraFolders, content: Staged) -> None:
+    folder = folders.write("helper", content)
+    (folder.parent / ".0123456789abcdef").mkdir(mode=0o500)
+    folders.sweep(set())
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_where_it_cannot_be_written_the_error_says_so(

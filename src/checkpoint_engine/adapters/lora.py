@@ -4,7 +4,8 @@ Nothing of ours runs where an engine keeps them: it reads them from folders (`lo
 session runs beside the rank that calls the engine, and each step is a question to its server:
 
     prepare: write the folder, have it tried ─► apply: load ─► check: shown? folder as it was?
-    roll back: load the folder of the version before again, or unload if there was none
+    roll back: load the folder of the version before again, or unload if there was none; if that
+        fails, serve nothing under the name, so that requests for others go on
 
 What an engine shows is a path, and the path names the digest, so that what it serves is asked for,
 never remembered.
@@ -25,7 +26,7 @@ from checkpoint_engine.adapters.base import Content, Identity, Served
 from checkpoint_engine.adapters.lora_folders import LoraFolders
 from checkpoint_engine.engines.base import LoraEngine
 from checkpoint_engine.engines.endpoint import Endpoint
-from checkpoint_engine.errors import AdapterError, VerificationError
+from checkpoint_engine.errors import AdapterError, CheckpointEngineError, VerificationError
 from checkpoint_engine.manifest import Manifest, TensorMeta, Version
 from checkpoint_engine.memory import byte_workers
 
@@ -63,6 +64,7 @@ class LoraAdapter:
         self._folders = folders
         self._before: str | None = None
         self._folder: Path | None = None  # None to unload
+        self._is_new = True  # the folder, and so nobody's but this update's
         self._may_go = True
         self._is_ours_to_let_go = False
 
@@ -92,6 +94,7 @@ class LoraAdapter:
                     f"{', '.join(sorted(loras)) or 'none'}"
                 )
             return "source"
+        self._is_new = not self._folders.has(self._name, content.manifest.digest)
         try:
             with byte_workers(idle=True) as pool:
                 content.verify(pool)
@@ -104,8 +107,13 @@ class LoraAdapter:
         return "source"
 
     def abort(self) -> None:
-        """Remove what was written."""
-        self._remove(self._folder, still_shown=self._before)
+        """Remove what was written; what was there before, somebody may need."""
+        if self._folder is None or str(self._folder) == self._before:
+            return
+        if self._is_new:
+            self._folders.remove(self._folder)
+        else:
+            self._folders.retire(str(self._folder))
 
     def pause(self, timeout_seconds: float) -> None:
         """Keep requests waiting, where the engine can."""
@@ -121,13 +129,11 @@ class LoraAdapter:
         Raises:
             VerificationError: it shows another, or the folder has changed.
         """
-        shown, due = self._shown(), None if self._folder is None else str(self._folder)
-        if shown != due:
-            raise VerificationError(
-                f"{self._endpoint.url} shows {shown} as {self._name!r}, not {due}"
-            )
         if self._folder is None:
+            # Until its folder has gone, a request may have it loaded again at any moment.
+            self._check_shown(None, *([self._before] if self._may_go else []))
             return Served(digest=UNLOADED, served_digest=None)
+        self._check_shown(str(self._folder))
         self._folders.check(self._folder)
         return Served(digest=self._folder.name, served_digest=None)
 
@@ -142,21 +148,37 @@ class LoraAdapter:
             needed.add(self._before)
             self._folders.retire(self._before)
         self._folders.keep_only(self._name, needed)
-        if self._folder is None and self._name in self._endpoint.loras():
-            # A request has had it loaded again, which none can from now on.
-            self._serve(None)
+        if self._folder is None and self._may_go:
+            self._serve(None)  # what a request has had loaded again, which none can from now on
+            self._check_shown(None)
 
     def roll_back(self) -> None:
         """Serve what was served before, from its own folder.
 
         Raises:
-            AdapterError: the engine does not; it shows something else now.
+            AdapterError: that cannot be; says whether requests go on, without the adapter.
         """
-        self._serve(self._before)
-        if (shown := self._shown()) != self._before:
-            raise AdapterError(f"{self._endpoint.url} shows {shown}, not {self._before} again")
-        if self._may_go:
-            self._remove(self._folder, still_shown=self._before)
+        try:
+            if self._before is not None and self._folders.digest_of(self._before):
+                self._folders.check(Path(self._before))
+            self._serve(self._before)
+            if self._before is None and self._may_go and self._folder is not None:
+                self._folders.remove(self._folder)
+                self._serve(None)  # see `publish`
+            self._check_shown(self._before)
+        except CheckpointEngineError as error:
+            raise AdapterError(f"{error}; {self._give_up()}") from error
+        if self._folder is not None and str(self._folder) != self._before:
+            self._folders.retire(str(self._folder))  # who came while it was shown may ask for it
+
+    def _give_up(self) -> str:
+        """Better nothing under the name than nobody knows what; returns what has become of it."""
+        try:
+            self._engine.abandon_lora(self._endpoint, self._name, self._timeout_seconds)
+            self.resume()
+        except AdapterError as error:
+            return f"{self._name!r} may be either adapter, and requests may wait: {error}"
+        return f"nothing is served as {self._name!r} now: load it again"
 
     def resume(self) -> None:
         """Let requests go on, unless somebody else keeps them waiting."""
@@ -167,22 +189,24 @@ class LoraAdapter:
         """The report says it; without a decision nobody is kept waiting."""
 
     def tear(self, reason: str) -> None:
-        """The report says it; the next load or unload sets it right."""
+        """The report says it; `roll_back` has done what could be done."""
 
     def _shown(self) -> str | None:
         return self._endpoint.loras().get(self._name)
 
+    def _check_shown(self, due: str | None, *or_as_well: str | None) -> None:
+        if (shown := self._shown()) not in (due, *or_as_well):
+            raise VerificationError(
+                f"{self._endpoint.url} shows {shown} as {self._name!r}, not {due}"
+            )
+
     def _serve(self, folder: str | None) -> None:
         if folder is not None:
             self._engine.load_lora(self._endpoint, self._name, folder, self._timeout_seconds)
-        elif self._name in self._endpoint.loras():
+        else:
             self._may_go = self._engine.unload_lora(
                 self._endpoint, self._name, self._timeout_seconds
             )
-
-    def _remove(self, folder: Path | None, *, still_shown: str | None) -> None:
-        if folder is not None and str(folder) != still_shown:
-            self._folders.remove(folder)
 
 
 class _NoLora:

@@ -3,8 +3,9 @@
     <root>/<engine>/<LoRA's name>/<digest>/adapter_config.json, adapter_model.safetensors
 
 Engines take adapters as PEFT's folders, and show the path of each; so the path says which version
-it is. They read it again at will, when an adapter had to make room or the base was updated, so a
-folder stays as long as an engine may need it, whoever wrote it. Each engine has its own.
+it is. They read it again at will, when an adapter had to make room or the base was updated, and
+need not show it meanwhile. So a folder stays until another takes its place, and then for an hour,
+which a file beside it counts: `.retired-<digest>`. Each engine has its own.
 
     folders = LoraFolders.of_engine("http://127.0.0.1:8000")
     folder = folders.write("helper", content)                # verified, read-only, whole
@@ -47,6 +48,7 @@ KEPT_SECONDS = 3600.0  # what requests in flight may still need after an unload
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 FOLDER = re.compile(r"\.?[0-9a-f]+")
+RETIRED = ".retired-"
 
 
 def check_name(name: str) -> None:
@@ -106,6 +108,10 @@ class LoraFolders:
         ours = folder.parent.parent == self._root and DIGEST.fullmatch(folder.name)
         return folder.name if ours else None
 
+    def has(self, name: str, digest: str) -> bool:
+        """Whether a version is there under a LoRA's name, as it should be or not."""
+        return (self._root / name / digest).exists()
+
     def write(self, name: str, content: Content) -> Path:
         """The folder of a version under a LoRA's name, written unless it is there as it should be.
 
@@ -117,6 +123,7 @@ class LoraFolders:
         folder = self._root / name / content.manifest.digest
         with contextlib.suppress(VerificationError, SourceError):
             self.check(folder)
+            _mark_of(folder).unlink(missing_ok=True)
             return folder
         coming = folder.with_name(f".{secrets.token_hex(8)}")
         try:
@@ -125,6 +132,7 @@ class LoraFolders:
             coming.chmod(0o500)
             self.remove(folder)
             coming.rename(folder)
+            _mark_of(folder).unlink(missing_ok=True)
         except OSError as error:
             self.remove(coming)
             raise StoreError(
@@ -161,7 +169,8 @@ class LoraFolders:
         if folder.parent.parent != self._root or not named or not folder.exists():
             return
         folder.chmod(0o700)
-        shutil.rmtree(folder, ignore_errors=True)  # what is left is swept later
+        shutil.rmtree(folder, ignore_errors=True)  # what is left, another load removes
+        _mark_of(folder).unlink(missing_ok=True)
 
     def keep_only(self, name: str, needed: set[str]) -> None:
         """Remove the folders of a LoRA's other versions."""
@@ -171,17 +180,25 @@ class LoraFolders:
 
     def retire(self, path: str) -> None:
         """Leave a folder, if it is one of these, for an hour to requests that may need it."""
-        if self.digest_of(path):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
+        if self.digest_of(path) and Path(path).exists():
+            _mark_of(Path(path)).touch(mode=0o600)
 
     def sweep(self, shown: set[str]) -> None:
-        """Remove what no engine shows, and nobody has touched for an hour."""
-        for folder in self._root.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another update may sweep, too
-                age_seconds = time.time() - folder.stat().st_mtime
-                if str(folder) not in shown and age_seconds > KEPT_SECONDS:
-                    self.remove(folder)
+        """Remove what was retired an hour ago, unless the engine shows it all the same.
+
+        And what whoever wrote it, and was killed, has left.
+        """
+        for left in self._root.glob("*/.*"):
+            self.remove(left)
+        for mark in self._root.glob(f"*/{RETIRED}*"):
+            folder = mark.with_name(mark.name.removeprefix(RETIRED))
+            if str(folder) not in shown and time.time() - mark.stat().st_mtime > KEPT_SECONDS:
+                self.remove(folder)
+
+
+def _mark_of(folder: Path) -> Path:
+    """The file whose age says how long a folder has been retired."""
+    return folder.with_name(RETIRED + folder.name)
 
 
 def _write_files(folder: Path, content: Content) -> None:

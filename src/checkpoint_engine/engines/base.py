@@ -11,6 +11,7 @@ LoRA adapters have no session in a worker: an engine that takes them reads them 
 has the methods of `LoraEngine`, too, which `adapters.lora` calls in this order:
 
     check ─► hold ─► load or unload ─► let go
+                        └─ failed, and the one before cannot be loaded again: abandon ─► let go
 """
 
 from __future__ import annotations
@@ -87,10 +88,18 @@ class LoraEngine(Engine, Protocol):
         ...
 
     def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
-        """Serve nothing under this name; requests in flight on it end as they began.
+        """Serve nothing under this name, if anything is; requests in flight end as they began.
 
         Returns:
-            Whether the engine reads its folder no more.
+            Whether its folder may go: nobody in flight needs it. Until it has, an engine may load
+            it again for somebody who asks; so this is called again afterwards.
+        """
+        ...
+
+    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
+        """Serve nothing under this name, which nobody knows the adapter of.
+
+        Returns once nobody can be answered from what two adapters have cached.
         """
         ...
 

@@ -69,6 +69,14 @@ class Endpoint:
         """
         self._checked("POST", path, body, timeout_seconds)
 
+    def status(self, path: str) -> int:
+        """The HTTP status of the answer, where that says it all.
+
+        Raises:
+            AdapterError: it does not answer.
+        """
+        return self._send("GET", path, None, ANSWER_SECONDS).status_code
+
     def owner(self) -> str:
         """Who owns the server's model, in OpenAI's terms: the kind of engine; "" if it is unsaid.
 

@@ -34,6 +34,7 @@ STEP_SECONDS = 60.0  # a step that is under way may be a long one
 POLL_SECONDS = 0.05
 TRIAL = ".ckpt-trial"
 DOOR_SECONDS = 2.0
+OK = 200
 
 
 class _Load(msgspec.Struct):
@@ -83,6 +84,8 @@ class SGLang:
         self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float
     ) -> None:
         """It loads it under another name for a moment; room in its memory pool is not needed."""
+        if name.endswith(TRIAL):
+            raise AdapterError(f"{name!r}: names that end in {TRIAL} are for trials alone")
         trial = f"{name}{TRIAL}"
         with contextlib.suppress(AdapterError):  # left by a trial that was killed
             _unload_lora(endpoint, trial, timeout_seconds)
@@ -123,11 +126,20 @@ class SGLang:
                     raise
 
     def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
-        """Returns once nobody uses it. Unless its folder goes, a request may load it again."""
-        deadline = time.monotonic() + timeout_seconds
-        while name in endpoint.loras():
-            _unload_lora(endpoint, name, max(0.0, deadline - time.monotonic()))
+        """Returns once nobody uses it. A request that came meanwhile has it loaded again.
+
+        One may be at that while nothing is shown; so it is not asked whether there is something.
+        """
+        try:
+            _unload_lora(endpoint, name, timeout_seconds)
+        except AdapterError as error:
+            if "does not exist" not in str(error):
+                raise
         return True
+
+    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
+        """SGLang drops what it has cached under an adapter with the adapter."""
+        self.unload_lora(endpoint, name, timeout_seconds)
 
     def let_go_loras(self, endpoint: Endpoint) -> None:
         """Nothing: it was not kept waiting."""
@@ -139,7 +151,7 @@ class SGLang:
         longest = 2 * timeout_seconds + STEP_SECONDS
         before = _Shown.by(endpoint, STEP_SECONDS)
         _drain(endpoint, _drain_seconds())
-        endpoint.post("/pause_generation", {"mode": "retract"}, timeout_seconds=STEP_SECONDS)
+        _pause(endpoint, "retract")
         body = {"zmq_handles": dict(handles), "flush_cache": True, "weight_version": label}
         try:
             endpoint.post("/update_weights_from_ipc", body, timeout_seconds=longest)
@@ -150,7 +162,7 @@ class SGLang:
                     f"{error}; its weights are not those of {before.label!r}, which it shows: it "
                     "stays paused, update it again"
                 ) from error
-            endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+            _continue(endpoint)
             raise
         shown = _label(endpoint)
         if shown != label:
@@ -158,7 +170,7 @@ class SGLang:
                 f"{endpoint.url} shows {shown!r} after an update to {label!r} that it says "
                 "has succeeded: it stays paused, update it again"
             )
-        endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+        _continue(endpoint)
 
 
 def _label(endpoint: Endpoint) -> str:
@@ -176,11 +188,35 @@ def _unload_lora(endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
     endpoint.post("/unload_lora_adapter", {"lora_name": name}, timeout_seconds=timeout_seconds)
 
 
+def _pause(endpoint: Endpoint, mode: str) -> bool:
+    """Have requests wait; returns whether they did already, for whatever reason."""
+    is_paused = endpoint.status("/ready") != OK  # also if it is starting, or unhealthy
+    try:
+        endpoint.post("/pause_generation", {"mode": mode}, timeout_seconds=STEP_SECONDS)
+    except AdapterError:
+        if not is_paused:
+            with contextlib.suppress(AdapterError):  # it may be paused all the same, or be gone
+                _continue(endpoint)
+        raise
+    return is_paused
+
+
+def _continue(endpoint: Endpoint) -> None:
+    endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+
+
 def _replace_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
     """SGLang does one after the other, and each only when nobody uses the adapter any more."""
+    if endpoint.status("/ping") != OK:
+        raise AdapterError(f"{endpoint.url} is unhealthy: {name!r} is not replaced meanwhile")
     with ThreadPoolExecutor(2) as pool:
-        endpoint.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=STEP_SECONDS)
+        is_paused = _pause(endpoint, "in_place")
         try:
+            if is_paused and _num_requests(endpoint):
+                raise AdapterError(
+                    f"{endpoint.url} is paused with requests in flight, which {name!r} cannot be "
+                    "replaced before the end of: POST /continue_generation first"
+                )
             unloading = pool.submit(_unload_lora, endpoint, name, timeout_seconds)
             deadline = time.monotonic() + DOOR_SECONDS  # somebody else's may be in line before
             while name in endpoint.loras() and time.monotonic() < deadline:
@@ -188,7 +224,8 @@ def _replace_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: f
             loading = pool.submit(_load_lora, endpoint, name, folder, timeout_seconds)
             time.sleep(POLL_SECONDS)
         finally:
-            endpoint.post("/continue_generation", {}, timeout_seconds=STEP_SECONDS)
+            if not is_paused:
+                _continue(endpoint)
         unloading.result()
         loading.result()
 
@@ -196,11 +233,13 @@ def _replace_lora(endpoint: Endpoint, name: str, folder: str, timeout_seconds: f
 def _drain(endpoint: Endpoint, seconds: float) -> None:
     """Wait until no request is in flight, but no longer than this; new ones are still served."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        loads = _read(endpoint, endpoint.get("/v1/loads?include=core"), _Loads).loads
-        if not any(load.num_running_reqs + load.num_waiting_reqs for load in loads):
-            return
+    while _num_requests(endpoint) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+
+
+def _num_requests(endpoint: Endpoint) -> int:
+    loads = _read(endpoint, endpoint.get("/v1/loads?include=core"), _Loads).loads
+    return sum(load.num_running_reqs + load.num_waiting_reqs for load in loads)
 
 
 def _drain_seconds() -> float:

@@ -64,9 +64,7 @@ class Vllm:
 
         A vLLM that an update of its weights has left paused stays so: no adapter mends those.
         """
-        is_held = endpoint.get("/is_paused")["is_paused"]
-        _pause(endpoint)
-        return not is_held
+        return not _pause(endpoint)
 
     def load_lora(self, endpoint: Endpoint, name: str, folder: str, timeout_seconds: float) -> None:
         """What was cached, also by requests in flight, is computed again under the new adapter.
@@ -80,9 +78,15 @@ class Vllm:
 
     def unload_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> bool:
         """Requests in flight go on with it, and may have it read again if it must make room."""
-        body = {"lora_name": name}
-        endpoint.tell(UNLOAD_LORA, body, timeout_seconds=timeout_seconds)
+        if name in endpoint.loras():
+            body = {"lora_name": name}
+            endpoint.tell(UNLOAD_LORA, body, timeout_seconds=timeout_seconds)
         return False
+
+    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
+        """Requests in flight on it go on with what was loaded last, and nothing cached before."""
+        self.unload_lora(endpoint, name, timeout_seconds)
+        _reset_prefix_cache(endpoint)
 
     def let_go_loras(self, endpoint: Endpoint) -> None:
         """Resume."""
@@ -167,13 +171,17 @@ def _wait_until_ready(endpoint: Endpoint, timeout_seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _pause(endpoint: Endpoint) -> None:
+def _pause(endpoint: Endpoint) -> bool:
+    """Have requests wait; returns whether they did already, for whatever reason."""
+    is_paused = bool(endpoint.get("/is_paused")["is_paused"])
     try:
         endpoint.post("/pause?mode=keep&clear_cache=false", timeout_seconds=STEP_SECONDS)
     except AdapterError:
-        with contextlib.suppress(AdapterError):  # it may be paused all the same, or be gone
-            endpoint.post("/resume")
+        if not is_paused:
+            with contextlib.suppress(AdapterError):  # it may be paused all the same, or be gone
+                endpoint.post("/resume")
         raise
+    return is_paused
 
 
 def _finish(endpoint: Endpoint, timeout_seconds: float) -> list[_Worker]:

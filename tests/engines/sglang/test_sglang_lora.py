@@ -194,6 +194,46 @@ def test_unloaded_it_is_gone_though_requests_ask_for_it(
         unload_lora(ps, [at_zero], "helper")
 
 
+def test_unloaded_while_many_ask_for_it_it_is_gone(
+    ps: ParameterServer, at_zero: SGLangServer, expected: Tokens
+) -> None:
+    """Each of them would have it loaded again; those who come too late are refused."""
+    statuses: set[int] = set()
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            statuses.add(status(at_zero, [1, 2, 3], "helper"))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: 200 in statuses, "an answer")
+        report = unload_lora(ps, [at_zero], "helper")
+        wait_until(lambda: 400 in statuses, "a refusal")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert (report.outcome, report.degraded) == ("published", ())
+    assert statuses == {200, 400}
+    assert shown(at_zero) == {}
+    assert at_zero.generate() == expected[None]
+
+
+def test_one_that_somebody_has_paused_stays_so(
+    ps: ParameterServer, at_zero: SGLangServer, loras: list[Path], expected: Tokens
+) -> None:
+    at_zero.client.post("/pause_generation", json={"mode": "retract"}).raise_for_status()
+    try:
+        bring_lora(ps, [at_zero], "one", loras[1], "helper")
+        assert at_zero.client.get("/ready").status_code == 503
+    finally:
+        at_zero.client.post("/continue_generation", json={}).raise_for_status()
+    assert at_zero.generate(lora="helper") == expected[1]
+
+
 def status(server: SGLangServer, prompt: Sequence[int], lora: str) -> int:
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}, "lora_path": lora}
     return server.client.post("/generate", json=body).status_code
