@@ -70,10 +70,13 @@ class Member:
         die_after: int = -1,
         hang_after: int = -1,
         scribble: bool = False,
+        die_joining: bool = False,
         **sizes: int,
     ) -> Any:
         """Compare what comes with what was to come; returns what it was."""
         expected = weights(seed, **sizes)
+        if die_joining:  # it has said hello, and the others meet it in the group, as they think
+            self._engine.link.carrier.join = lambda *_: os._exit(9)
 
         async def run() -> list[str]:
             names = []

@@ -122,6 +122,29 @@ def test_a_receiver_that_dies_is_named_and_may_be_replaced(crew: Crew, kind: str
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_a_receiver_that_dies_while_the_group_forms_is_not_waited_for(
+    crew: Crew, kind: str
+) -> None:
+    """Nor by the other receivers, which have no way to see it."""
+    settings = {**SMALL, "timeout": 1000}  # longer than a test may take
+    ranks = crew.meet(kind, 4, settings)
+    sent, first, third = (
+        ranks[0].send("send", seed=1),
+        ranks[1].send("receive", seed=1),
+        ranks[3].send("receive", seed=1),
+    )
+    ranks[2].send("receive", seed=1, die_joining=True)
+    with pytest.raises(RuntimeError, match="PeerLost: rank 2 died"):
+        ranks[0].result(sent)
+    for rank, receives in ((ranks[1], first), (ranks[3], third)):
+        with pytest.raises(RuntimeError, match="PeerLost: the sender gave up: rank 2 died"):
+            rank.result(receives)
+    ranks[2]._process.wait(10)
+    ranks[2] = crew.come_back(2, kind, 4, settings)
+    check(ranks, 2)
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
 def test_a_sender_that_dies_is_noticed(crew: Crew, kind: str) -> None:
     ranks = crew.meet(kind, 3, SMALL)
     ranks[0].send("send", seed=1, die_after=6)

@@ -58,6 +58,7 @@ from checkpoint_engine.streaming.messages import (
 )
 from checkpoint_engine.streaming.packing import Ledger, check_arrived, view, whole_tensors
 from checkpoint_engine.streaming.places import Place, Places
+from checkpoint_engine.streaming.threads import ended_by
 from checkpoint_engine.streaming.watch import Presence
 from checkpoint_engine.transport.sockets import own_host
 
@@ -85,8 +86,7 @@ class Receiving:
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
         self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
-        taker = threading.Thread(target=self._take, name="ckpt-arrive", daemon=True)
-        self._threads = (self._listener, taker)
+        self._taker = threading.Thread(target=self._take, name="ckpt-arrive", daemon=True)
         self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Arrived | Version | Over | BaseException]
         self._arrived = queue.SimpleQueue()
@@ -99,7 +99,7 @@ class Receiving:
             PeerLost: it is gone.
             CheckpointEngineError: it gave up.
         """
-        with self._link.turn(self._threads):
+        with self._link.turn((self._listener, self._taker)):
             cycle = self._link.join(self._is_over)
             self._voice = Voice(cycle.speaking.log("heard"))
             self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
@@ -113,13 +113,17 @@ class Receiving:
             if not isinstance(plan, Plan):
                 raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
             self._places.begin(plan.bucket_bytes)
+            self._listener.start()
             try:
-                self._link.carrier.join(plan.way, self._timeout_seconds)
+                with ended_by(self._link.carrier.abandon, when=self._is_over):
+                    self._link.carrier.join(plan.way, self._timeout_seconds)
             except TransferError as error:
-                self._say_failed(error)
-                raise self._cause(error) from error
-            for thread in self._threads:
-                thread.start()
+                if not self._is_over():
+                    self._say_failed(error)
+                self._stopped.set()
+                self._listener.join()
+                raise self._heard() or self._cause(error) from error
+            self._taker.start()
 
     def next(self) -> Arrived | Version:
         """What arrives next; in the end, what all of it was.
@@ -160,6 +164,13 @@ class Receiving:
         if isinstance(arrived, BaseException):
             raise arrived
         return arrived
+
+    def _heard(self) -> BaseException | None:
+        """Why the sender has given up, if the listener has heard that."""
+        with contextlib.suppress(queue.Empty):
+            arrived = self._arrived.get_nowait()
+            return arrived if isinstance(arrived, BaseException) else None
+        return None
 
     def _is_over(self) -> bool:
         return self._stopped.is_set() or self._link.stopped.is_set()

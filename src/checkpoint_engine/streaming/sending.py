@@ -49,7 +49,7 @@ from checkpoint_engine.streaming.messages import (
     decode_hello,
 )
 from checkpoint_engine.streaming.packing import Ledger, OpenBucket, cuts, named, weight_of
-from checkpoint_engine.streaming.threads import Worker, in_thread
+from checkpoint_engine.streaming.threads import Worker, ended_by, in_thread
 from checkpoint_engine.streaming.watch import Lines, Watch, named_ranks
 
 __all__ = ["Sending"]
@@ -167,9 +167,10 @@ class Sending:
         for rank, hello in hellos.items():
             self._lines.hold(rank, hello)
         ear = Ear(cycle.hearing.log("heard"), FROM_RECEIVER)
-        self._watch = Watch(ear, self._lines, self._ranks)
+        watch = self._watch = Watch(ear, self._lines, self._ranks)
         self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way))
-        self._carrier.join(way, self._settings.timeout_seconds)
+        with ended_by(self._carrier.abandon, when=lambda: watch.has_failed):
+            self._carrier.join(way, self._settings.timeout_seconds)
         return bucket_bytes
 
     def _greeted(self, cycle: Cycle) -> dict[int, Hello]:

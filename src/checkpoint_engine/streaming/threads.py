@@ -5,6 +5,8 @@ The threads are daemons: a process that is told to end does not wait for what wa
     value = await in_thread(wait_for_everyone)
     worker = Worker("ckpt-move")
     future = worker.submit(lambda: move(bucket))        # one after the other, in this order
+    with ended_by(group.close, when=lambda: somebody_died):
+        group.form()                                    # would wait for them until its deadline
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Worker", "blocking", "in_thread"]
+__all__ = ["Worker", "blocking", "ended_by", "in_thread"]
 
 STOP_SECONDS = 30.0
+POLL_SECONDS = 0.05
 
 Result = TypeVar("Result")
 
@@ -50,6 +54,28 @@ def blocking(work: Coroutine[Any, Any, Result]) -> Result:
     future: Future[Result] = Future()
     threading.Thread(target=_run, args=(future, run), name="ckpt-loop", daemon=True).start()
     return future.result()
+
+
+@contextmanager
+def ended_by(end: Callable[[], None], *, when: Callable[[], bool]) -> Iterator[None]:
+    """Call `end` once it is time, from a thread beside this one, which waits for something.
+
+    It is called again until the wait is over, which may not have begun when it was called first.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(POLL_SECONDS):
+            if when():
+                end()
+
+    thread = threading.Thread(target=look, name="ckpt-look", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Worker:

@@ -121,6 +121,11 @@ class Watch:
         self._thread = threading.Thread(target=self._listen, name="ckpt-watch", daemon=True)
         self._thread.start()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a receiver gave up, or is gone."""
+        return self._failure is not None
+
     def wait_ready(self, bucket: int, timeout_seconds: float) -> None:
         """Wait until every receiver is ready for this bucket.
 
