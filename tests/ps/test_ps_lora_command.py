@@ -49,6 +49,15 @@ def test_load_replace_list_and_unload(
     assert [name in versions for name in ("sft-1", "sft-2", "unloaded")] == [True] * 3
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Processes that are started here do, also if these tests were started with `nohup ... &`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize(
     ("asked_to_end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
