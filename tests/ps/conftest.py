@@ -40,6 +40,13 @@ def own_records(socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path
 
 
+@pytest.fixture
+def lora_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "loras"
+    monkeypatch.setenv("CKPT_ENGINE_LORA_DIR", str(root))
+    return root
+
+
 @pytest.fixture(scope="session")
 def engine_pool(socket_folder: Path) -> Iterator[list[EngineProcess]]:
     """Starting an engine costs seconds, so those that are well are used again."""

@@ -23,13 +23,6 @@ from children import call_all
 
 
 @pytest.fixture
-def lora_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "loras"
-    monkeypatch.setenv("CKPT_ENGINE_LORA_DIR", str(root))
-    return root
-
-
-@pytest.fixture
 def pair(lora_root: Path) -> Iterator[list[LoraEngine]]:
     with serving(LoraEngine()) as first, serving(LoraEngine()) as second:
         yield [first, second]

@@ -15,13 +15,6 @@ from checkpoint_engine.ps import ParameterServer
 
 
 @pytest.fixture
-def lora_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "loras"
-    monkeypatch.setenv("CKPT_ENGINE_LORA_DIR", str(root))
-    return root
-
-
-@pytest.fixture
 def sglang(lora_root: Path) -> Iterator[LoraEngine]:
     with serving(LoraEngine()) as engine:
         yield engine
@@ -98,7 +91,7 @@ def test_what_it_has_let_go_of_by_itself_can_be_read_again_however_old(
 
 
 def test_the_version_before_is_not_loaded_again_from_a_folder_that_was_touched(
-    server: ParameterServer, sglang: LoraEngine
+    server: ParameterServer, sglang: LoraEngine, lora_root: Path
 ) -> None:
     bring(server, [sglang], 1)
     config = Path(sglang.shown["helper"]) / "adapter_config.json"
@@ -112,4 +105,23 @@ def test_the_version_before_is_not_loaded_again_from_a_folder_that_was_touched(
     with pytest.raises(UpdateFailed, match="nothing is served as 'helper' now") as failed:
         bring(server, [sglang], 2)
     assert [replica.outcome for replica in failed.value.report.replicas] == ["torn"]
+    assert sglang.served == {}
+    assert folders(lora_root) == [], "or a request would have it loaded again"
+
+
+def test_a_version_from_before_that_is_refused_stays_for_requests_that_came_when_it_was_served(
+    server: ParameterServer, sglang: LoraEngine, lora_root: Path
+) -> None:
+    bring(server, [sglang], 1)
+    bring(server, [sglang], 2)
+    both = folders(lora_root)
+    sglang.refuses = {"helper.ckpt-trial": "no room"}
+    with pytest.raises(UpdateFailed, match="no room"):
+        bring(server, [sglang], 1)
+    assert folders(lora_root) == both
+
+
+def test_a_name_that_trials_have_is_refused(server: ParameterServer, sglang: LoraEngine) -> None:
+    with pytest.raises(UpdateFailed, match="are for trials alone"):
+        bring(server, [sglang], 1, "helper.ckpt-trial")
     assert sglang.served == {}

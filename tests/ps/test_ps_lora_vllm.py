@@ -16,13 +16,6 @@ from checkpoint_engine.ps import ParameterServer
 
 
 @pytest.fixture
-def lora_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "loras"
-    monkeypatch.setenv("CKPT_ENGINE_LORA_DIR", str(root))
-    return root
-
-
-@pytest.fixture
 def vllm(lora_root: Path) -> Iterator[LoraVllm]:
     with serving(LoraVllm()) as engine:
         assert isinstance(engine, LoraVllm)

@@ -103,29 +103,13 @@ def test_who_never_comes_is_named_on_both_sides(meet: Meet, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
-def test_a_receiver_that_dies_is_named_and_may_be_replaced(crew: Crew, kind: str) -> None:
-    ranks = crew.meet(kind, 4, SMALL)
-    sent, first, third = (
-        ranks[0].send("send", seed=1),
-        ranks[1].send("receive", seed=1),
-        ranks[3].send("receive", seed=1),
-    )
-    ranks[2].send("receive", seed=1, die_after=2)
-    with pytest.raises(RuntimeError, match="PeerLost: rank 2 died"):
-        ranks[0].result(sent)
-    for rank, receives in ((ranks[1], first), (ranks[3], third)):
-        with pytest.raises(RuntimeError, match="PeerLost: the sender gave up: rank 2 died"):
-            rank.result(receives)
-    ranks[2]._process.wait(10)
-    ranks[2] = crew.come_back(2, kind, 4, SMALL)
-    check(ranks, 2)
-
-
-@pytest.mark.parametrize("kind", ["gloo", "shm"])
-def test_a_receiver_that_dies_while_the_group_forms_is_not_waited_for(
-    crew: Crew, kind: str
+@pytest.mark.parametrize(
+    "dies", [{"die_after": 2}, {"die_joining": True}], ids=["receiving", "joining"]
+)
+def test_a_receiver_that_dies_is_named_and_may_be_replaced(
+    crew: Crew, kind: str, dies: dict[str, int]
 ) -> None:
-    """Nor by the other receivers, which have no way to see it."""
+    """Also while the others form a group with it; no other receiver could see that."""
     settings = {**SMALL, "timeout": 1000}  # longer than a test may take
     ranks = crew.meet(kind, 4, settings)
     sent, first, third = (
@@ -133,7 +117,7 @@ def test_a_receiver_that_dies_while_the_group_forms_is_not_waited_for(
         ranks[1].send("receive", seed=1),
         ranks[3].send("receive", seed=1),
     )
-    ranks[2].send("receive", seed=1, die_joining=True)
+    ranks[2].send("receive", seed=1, **dies)
     with pytest.raises(RuntimeError, match="PeerLost: rank 2 died"):
         ranks[0].result(sent)
     for rank, receives in ((ranks[1], first), (ranks[3], third)):

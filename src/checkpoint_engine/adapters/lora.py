@@ -131,7 +131,7 @@ class LoraAdapter:
         """
         if self._folder is None:
             # Until its folder has gone, a request may have it loaded again at any moment.
-            self._check_shown(None, *([self._before] if self._may_go else []))
+            self._check_shown(*((None, self._before) if self._may_go else (None,)))
             return Served(digest=UNLOADED, served_digest=None)
         self._check_shown(str(self._folder))
         self._folders.check(self._folder)
@@ -143,14 +143,14 @@ class LoraAdapter:
         A request that waited while SGLang had neither asks for the last by its folder, and is given
         the new one only if that is still there.
         """
+        if self._folder is None and self._may_go:
+            self._serve_nothing()
+            return
         needed = {str(self._folder)}
-        if self._before is not None and not (self._folder is None and self._may_go):
+        if self._before is not None:
             needed.add(self._before)
             self._folders.retire(self._before)
         self._folders.keep_only(self._name, needed)
-        if self._folder is None and self._may_go:
-            self._serve(None)  # what a request has had loaded again, which none can from now on
-            self._check_shown(None)
 
     def roll_back(self) -> None:
         """Serve what was served before, from its own folder.
@@ -159,13 +159,13 @@ class LoraAdapter:
             AdapterError: that cannot be; says whether requests go on, without the adapter.
         """
         try:
-            if self._before is not None and self._folders.digest_of(self._before):
-                self._folders.check(Path(self._before))
-            self._serve(self._before)
-            if self._before is None and self._may_go and self._folder is not None:
-                self._folders.remove(self._folder)
-                self._serve(None)  # see `publish`
-            self._check_shown(self._before)
+            if self._before is None:
+                self._serve_nothing()
+            else:
+                if self._folders.digest_of(self._before):
+                    self._folders.check(Path(self._before))
+                self._serve(self._before)
+                self._check_shown(self._before)
         except CheckpointEngineError as error:
             raise AdapterError(f"{error}; {self._give_up()}") from error
         if self._folder is not None and str(self._folder) != self._before:
@@ -174,7 +174,8 @@ class LoraAdapter:
     def _give_up(self) -> str:
         """Better nothing under the name than nobody knows what; returns what has become of it."""
         try:
-            self._engine.abandon_lora(self._endpoint, self._name, self._timeout_seconds)
+            self._serve_nothing()
+            self._engine.drop_lora_caches(self._endpoint)
             self.resume()
         except AdapterError as error:
             return f"{self._name!r} may be either adapter, and requests may wait: {error}"
@@ -194,11 +195,19 @@ class LoraAdapter:
     def _shown(self) -> str | None:
         return self._endpoint.loras().get(self._name)
 
-    def _check_shown(self, due: str | None, *or_as_well: str | None) -> None:
-        if (shown := self._shown()) not in (due, *or_as_well):
+    def _check_shown(self, *due: str | None) -> None:
+        if (shown := self._shown()) not in due:
             raise VerificationError(
-                f"{self._endpoint.url} shows {shown} as {self._name!r}, not {due}"
+                f"{self._endpoint.url} shows {shown} as {self._name!r}, not {due[0]}"
             )
+
+    def _serve_nothing(self) -> None:
+        """Under this name, also to requests that would have an engine load it again."""
+        self._serve(None)
+        if self._may_go:
+            self._folders.keep_only(self._name, set())
+            self._serve(None)  # what a request has had loaded again, which none can from now on
+        self._check_shown(None)
 
     def _serve(self, folder: str | None) -> None:
         if folder is not None:

@@ -11,7 +11,7 @@ LoRA adapters have no session in a worker: an engine that takes them reads them 
 has the methods of `LoraEngine`, too, which `adapters.lora` calls in this order:
 
     check ─► hold ─► load or unload ─► let go
-                        └─ failed, and the one before cannot be loaded again: abandon ─► let go
+                        └─ failed, as did the way back: unload ─► drop caches ─► let go
 """
 
 from __future__ import annotations
@@ -96,11 +96,8 @@ class LoraEngine(Engine, Protocol):
         """
         ...
 
-    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
-        """Serve nothing under this name, which nobody knows the adapter of.
-
-        Returns once nobody can be answered from what two adapters have cached.
-        """
+    def drop_lora_caches(self, endpoint: Endpoint) -> None:
+        """Return once nobody can be answered from what two adapters have cached."""
         ...
 
     def let_go_loras(self, endpoint: Endpoint) -> None:

@@ -137,9 +137,8 @@ class SGLang:
                 raise
         return True
 
-    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
-        """SGLang drops what it has cached under an adapter with the adapter."""
-        self.unload_lora(endpoint, name, timeout_seconds)
+    def drop_lora_caches(self, endpoint: Endpoint) -> None:
+        """Nothing: what it caches is of one loading of an adapter, and never found by another."""
 
     def let_go_loras(self, endpoint: Endpoint) -> None:
         """Nothing: it was not kept waiting."""

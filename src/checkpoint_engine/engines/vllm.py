@@ -83,9 +83,8 @@ class Vllm:
             endpoint.tell(UNLOAD_LORA, body, timeout_seconds=timeout_seconds)
         return False
 
-    def abandon_lora(self, endpoint: Endpoint, name: str, timeout_seconds: float) -> None:
-        """Requests in flight on it go on with what was loaded last, and nothing cached before."""
-        self.unload_lora(endpoint, name, timeout_seconds)
+    def drop_lora_caches(self, endpoint: Endpoint) -> None:
+        """Also what requests in flight have cached; they go on with what was loaded last."""
         _reset_prefix_cache(endpoint)
 
     def let_go_loras(self, endpoint: Endpoint) -> None:

@@ -125,21 +125,11 @@ class Conductor:
         self._events = _Outbox(scope.fork())
         if rank == 0:
             self._open(scope, number)
-        start = decode(scope.get("start", MEET_SECONDS), _Start)
-        sessions: Sessions | None = None
         try:
-            sessions = self._stage(scope, start, calls)
-            return self._follow(scope, sessions, calls.requests)
+            return self._take_part(scope, calls)
         except BaseException:
-            if sessions is not None:
-                sessions.close()
             self._await_calls()
             raise
-        finally:
-            self.door.attend(None)
-            if sessions is not None:
-                sessions.close()
-            self._events.close()
 
     def close(self) -> None:
         """Let go of what this rank received, which engines and peers may have leased by now."""
@@ -184,6 +174,18 @@ class Conductor:
         scope.put("start", msgspec.msgpack.encode(start))
 
     # ── every rank ──────────────────────────────────────────────────────────────────────────
+
+    def _take_part(self, scope: Rendezvous, calls: Calls) -> Report:
+        start = decode(scope.get("start", MEET_SECONDS), _Start)
+        sessions: Sessions | None = None
+        try:
+            sessions = self._stage(scope, start, calls)
+            return self._follow(scope, sessions, calls.requests)
+        finally:
+            self.door.attend(None)
+            if sessions is not None:
+                sessions.close()
+            self._events.close()
 
     def _stage(self, scope: Rendezvous, start: _Start, calls: Calls) -> Sessions | None:
         """Get the bytes to this host and open the door; a failure is this rank's "no"."""
