@@ -130,18 +130,21 @@ def test_sixteen_clients_at_once(http: httpx.Client, old: PreTrainedModel) -> No
 def test_a_client_that_goes_away_frees_its_sequences(
     http: httpx.Client, engine: Engine, gate: Gate
 ) -> None:
+    def is_freed() -> bool:
+        gate.close(num_permits=1)  # the one within its pass ends after it
+        return engine.num_running == 0
+
     gate.close(num_permits=8)
     with streaming(http, n=4, max_tokens=900) as chunks:
         next(chunks)
         assert engine.num_running + engine.num_waiting == 4
-    wait_until(lambda: engine.num_running <= 1)  # the one within its pass
-    gate.close(num_permits=1)
-    wait_until(lambda: engine.num_running == 0)
+    wait_until(is_freed)
 
+    num_passes = len(gate.num_inputs)
     with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=body(max_tokens=900), timeout=0.2)
-    gate.close(num_permits=1)
-    wait_until(lambda: engine.num_running == 0)
+        http.post("/v1/completions", json=body(max_tokens=900), timeout=0.5)
+    wait_until(lambda: is_freed() and len(gate.num_inputs) > num_passes)
+    assert len(gate.num_inputs) < 900
 
 
 # Swaps

@@ -19,7 +19,7 @@ import hmac
 import ipaddress
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -219,10 +219,7 @@ def _generation_routes(engine: Engine, model_name: str) -> APIRouter:
         completion = CompletionBuilder(body, prompts, model_name)
         if body.stream:
             return _EventStream(engine, generations, completion)
-        try:
-            return await _until_disconnect(request, _complete(generations, completion))
-        finally:
-            _cancel_all(engine, generations)
+        return await _complete_unless_gone(request, engine, generations, completion)
 
     @router.get("/models")
     async def models() -> Response:
@@ -402,20 +399,28 @@ async def _complete(generations: list[Generation], completion: CompletionBuilder
     return _json(completion.build())
 
 
-async def _until_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that `work` makes; it is cancelled when the client goes away."""
+async def _complete_unless_gone(
+    request: Request,
+    engine: Engine,
+    generations: list[Generation],
+    completion: CompletionBuilder,
+) -> Response:
+    """The whole completion; the generations are cancelled when the client goes away."""
 
     async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    working = asyncio.ensure_future(_complete(generations, completion))
+    gone = asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else Response(status_code=499)
     finally:
-        working.cancel()
+        # The end of its generations ends the work too: nothing is left that nobody awaits.
+        _cancel_all(engine, generations)
         gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 class _EventStream(StreamingResponse):
