@@ -45,13 +45,20 @@ SHAPE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
-def make_checkpoint(folder: Path, *, seed: int, experts: bool = False, tied: bool = False) -> Path:
+def make_checkpoint(
+    folder: Path,
+    *,
+    seed: int,
+    experts: bool = False,
+    tied: bool = False,
+    vocab_size: int = 512,
+) -> Path:
     """A bf16 Qwen3 of a megabyte: the same configuration for every seed, other weights.
 
-    `tied` makes its head that of its embeddings.
+    `tied` makes its head that of its embeddings. vLLM pads a vocabulary to a multiple of 64.
     """
     torch.manual_seed(seed)
-    shape = {**SHAPE, "tie_word_embeddings": tied}
+    shape = {**SHAPE, "tie_word_embeddings": tied, "vocab_size": vocab_size}
     config = Qwen3MoeConfig(**shape, **EXPERTS) if experts else Qwen3Config(**shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)

@@ -40,12 +40,14 @@ def checkpoint() -> dict[str, torch.Tensor]:
     return {name: torch.full(shape, 2.0, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
-def load(model: Fused, tensors: dict[str, torch.Tensor]) -> None:
+def load(
+    model: Fused, tensors: dict[str, torch.Tensor], padded: frozenset[str] | None = None
+) -> None:
     watch = Watch(model)
     with watch:
         watch.give(list(tensors.items()))
         model.load_weights(list(tensors.items()))
-    watch.check()
+    watch.check(padded)
 
 
 def test_a_whole_checkpoint_is_well_whatever_else_is_in_it() -> None:
@@ -88,6 +90,15 @@ def test_what_was_left_unwritten_is_named(
     spoil(tensors)
     with pytest.raises(AdapterError, match=message):
         load(Fused(), tensors)
+
+
+def test_what_is_padded_may_be_written_in_part_and_nothing_else() -> None:
+    tensors = checkpoint()
+    del tensors["k"]
+    load(Fused(), tensors)  # where it is not known what is padded, this may be
+    load(Fused(), {**tensors, "more": torch.ones(2)}, padded=frozenset(["qk"]))
+    with pytest.raises(AdapterError, match="wrote 16 of 32 elements of the model's 'qk': "):
+        load(Fused(), tensors, padded=frozenset(["head.weight"]))
 
 
 def test_a_user_may_load_a_part_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

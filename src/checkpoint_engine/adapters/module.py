@@ -19,7 +19,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,10 +110,12 @@ class Watch(TorchDispatchMode):
         self._pending = {name for name, tensor in group if tensor.numel()}
         self._sources = _Ranges({name: _Range.of(tensor) for name, tensor in group})
 
-    def check(self) -> None:
+    def check(self, padded: Collection[str] | None = None) -> None:
         """Raise unless the loader has replaced the whole content of the module.
 
-        Parameters of one element are let pass: scales that no checkpoint has.
+        Parameters of one element are let pass: scales that no checkpoint has. What was written in
+        part is let pass if it is of those `padded`; where they are not known, if the loader has
+        made use of all that it was given.
 
         Raises:
             AdapterError: a parameter was not written, or in part only; names it.
@@ -125,7 +127,8 @@ class Watch(TorchDispatchMode):
         for name, range_ in self._before.items():
             written, size = self._written[name], range_.num_elements
             replaced = name not in after or after[name].start != range_.start
-            if replaced or size <= 1 or written >= size or (written and not unread):
+            is_padded = name in padded if padded is not None else not unread
+            if replaced or size <= 1 or written >= size or (written and is_padded):
                 continue
             what = "nothing of" if not written else f"{written} of {size} elements of"
             skipped = f"; it made no use of {unread[0]!r}{_more(unread)}" if unread else ""
