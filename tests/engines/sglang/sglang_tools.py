@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_server import ROOT
+from lora_tools import TARGETS
 from sglang_server import SGLangServer
 
 from checkpoint_engine.calls import EngineRequest, engine_requests
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.update.protocol import Report
+
+LORA_OPTIONS = (
+    "--enable-lora", "--lora-backend", "torch_native", "--max-lora-rank", "8",
+    "--lora-target-modules", *TARGETS,
+)  # fmt: skip
+WITHOUT_PINNING = {
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT / "src"), str(Path(__file__).parent / "without_pinning")]
+    )
+}
 
 
 def requests_to(servers: Sequence[SGLangServer]) -> list[EngineRequest]:

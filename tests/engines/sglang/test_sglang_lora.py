@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from engine_server import ROOT
-from lora_tools import TARGETS, bring_lora, make_lora, unload_lora
+from lora_tools import bring_lora, make_lora, unload_lora
 from sglang_server import SGLangServer
-from sglang_tools import bring
+from sglang_tools import LORA_OPTIONS, WITHOUT_PINNING, bring
 
 from checkpoint_engine.engines.endpoint import Endpoint
 from checkpoint_engine.errors import UpdateFailed
@@ -20,15 +18,6 @@ from children import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
-OPTIONS = (
-    "--enable-lora", "--lora-backend", "torch_native", "--max-lora-rank", "8",
-    "--lora-target-modules", *TARGETS,
-)  # fmt: skip
-WITHOUT_PINNING = {
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT / "src"), str(Path(__file__).parent / "without_pinning")]
-    )
-}
 LONG = 300
 
 Tokens = dict["int | None", list[int]]
@@ -44,7 +33,7 @@ def loras(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def expected(python: Path, checkpoints: list[Path], loras: list[Path], logs: Path) -> Tokens:
     """By adapter (None: none), the tokens of a server that was started with them."""
     paths = [f"{n}={folder}" for n, folder in enumerate(loras)]
-    options = (*OPTIONS, "--lora-paths", *paths)
+    options = (*LORA_OPTIONS, "--lora-paths", *paths)
     with SGLangServer(
         python, checkpoints[0], logs / "started-with", *options, **WITHOUT_PINNING
     ) as server:
@@ -67,7 +56,7 @@ def server(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPT_ENGINE_LORA_DIR", str(folder))
         with SGLangServer(
-            python, checkpoints[0], logs / "lora", *OPTIONS, **WITHOUT_PINNING
+            python, checkpoints[0], logs / "lora", *LORA_OPTIONS, **WITHOUT_PINNING
         ) as server:
             server.wait_for("/ready", 200)
             yield server

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from engine_server import tensors_of
+from lora_tools import bring_lora, make_lora, unload_lora
 from sglang_server import SGLangServer
-from sglang_tools import bring, look, requests_to
+from sglang_tools import LORA_OPTIONS, WITHOUT_PINNING, bring, look, requests_to
 
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
@@ -61,3 +62,39 @@ def test_both_go_back_when_loading_fails_half_way(
     assert [replica.outcome for replica in failure.value.report.replicas] == ["kept"] * 2
     assert look(server) == before
     assert server.status("/ready") == 200, "it goes on"
+
+
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def loras(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("loras")
+    return [make_lora(root / f"{n}", checkpoints[0], seed=n) for n in range(2)]
+
+
+def test_both_workers_serve_an_adapter(
+    ps: ParameterServer,
+    python: Path,
+    checkpoints: list[Path],
+    loras: list[Path],
+    logs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_LORA_DIR", str(tmp_path / "served"))
+    options, variables = (*OPTIONS, *LORA_OPTIONS), {**CORES, **WITHOUT_PINNING}
+    paths = [f"{n}={folder}" for n, folder in enumerate(loras)]
+    with SGLangServer(
+        python, checkpoints[0], logs / "with", *options, "--lora-paths", *paths, **variables
+    ) as server:
+        server.wait_for("/ready", 200)
+        expected = [server.generate(lora=lora) for lora in ("0", "1", None)]
+    assert len({tuple(tokens) for tokens in expected}) == 3, "all differ"
+    with SGLangServer(python, checkpoints[0], logs / "without", *options, **variables) as server:
+        server.wait_for("/ready", 200)
+        for number in (0, 1):
+            bring_lora(ps, [server], f"{number}", loras[number], "helper")
+            assert server.generate(lora="helper") == expected[number]
+        unload_lora(ps, [server], "helper")
+        assert server.generate() == expected[2]
