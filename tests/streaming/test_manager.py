@@ -391,6 +391,30 @@ def test_what_a_sampler_failed_for_is_told(manage: Manage) -> None:
         manage(trainer, Failing(llama(2))).sync_weights()
 
 
+def test_nobody_waits_for_the_vote_of_a_sampler_that_failed_before_it(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, good, bad = Trainer(llama(1)), Sampler(llama(2)), Sampler(llama(3))
+    for member in (trainer, good, bad):
+        member.checkpoint_engine_settings = {**SETTINGS, "timeout": 1000}  # longer than a test
+    manager = manage(trainer, [good, bad])
+    manager.sync_weights(label="step-1")
+    served = as_text(good.model.state_dict())
+    trainer.step()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bad._checkpoint_side, "_take", fail)
+        with pytest.raises(UpdateFailed, match="sampler 1: RuntimeError: no memory for it"):
+            manager.sync_weights(label="step-2")
+    for sampler in (good, bad):
+        assert as_text(sampler.model.state_dict()) == served
+    assert manager.sync_weights(label="step-3").outcome == "published"
+    assert as_text(bad.model.state_dict()) == as_text(trainer.model.state_dict()) != served
+
+
 def test_other_processes_of_a_trainer_hear_of_any_error(
     manage: Manage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ to it. Each knows its version, and goes back to the one before if the transactio
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,8 @@ from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.errors import (
     AdapterError,
     CheckpointEngineError,
+    DeadlineExceeded,
+    PeerLost,
     RemoteError,
     UpdateFailed,
     UpdateRefused,
@@ -32,10 +35,11 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.messages import with_sender
-from checkpoint_engine.streaming.threads import blocking, in_thread
-from checkpoint_engine.streaming.transaction import sampler_name, take_part
+from checkpoint_engine.streaming.threads import blocking
+from checkpoint_engine.streaming.transaction import sampler_name, take_part, withdraw
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report, decode, explain
+from checkpoint_engine.update.session import Outcome
 
 __all__ = ["Ending", "Order", "Sampler", "SamplerSide", "Seats", "raise_failed"]
 
@@ -111,21 +115,16 @@ class SamplerSide:
 
     def _one(self) -> Ending:
         try:
-            held = blocking(self._received())
+            tensors = blocking(self._received())
         except CheckpointEngineError as error:
             raise UpdateFailed(f"nothing was changed: {error}") from error
-        keys = self._keys.scope(f"sync {self._engine.link.number}")
-        self._past = [*self._past[-1:], keys]
-        if len(self._past) > 1:
-            self._past[0].clear()
-        with with_sender():
-            order = decode(keys.get("order", PATIENCE * self._timeout_seconds), Order)
-        seat = self._seats.seat(order, sampler_name(keys.rank))
-        outcome = seat.take(held, lambda adapter: take_part(keys, adapter))
-        if outcome.state == "published":
-            self._seats.published(order)
-        elif outcome.state == "torn":
-            self._seats.torn(order)
+        keys = self._scope()
+        try:
+            outcome = self._take(keys, tensors)
+        except BaseException as error:
+            with contextlib.suppress(PeerLost, DeadlineExceeded):
+                withdraw(keys, error)
+            raise
         try:
             with with_sender():
                 ending: Ending = decode(keys.get("end", PATIENCE * self._timeout_seconds), Ending)
@@ -133,15 +132,34 @@ class SamplerSide:
             raise UpdateFailed(f"{outcome.state} here, and no more is known: {error}") from error
         return ending
 
-    async def _received(self) -> Held:
-        tensors: dict[str, torch.Tensor] = {}
-        async for name, tensor in self._engine.receive_weights():
-            tensors[name] = tensor.to("cpu", copy=True)
-        held = await in_thread(lambda: Held(tensors))
+    async def _received(self) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.to("cpu", copy=True)
+            async for name, tensor in self._engine.receive_weights()
+        }
+
+    def _take(self, keys: Rendezvous, tensors: dict[str, torch.Tensor]) -> Outcome:
+        """Offer what was received to the transaction over all samplers."""
+        held = Held(tensors)
         version = self._engine.version
         if version is None or version.digest != held.manifest.digest:
             raise VerificationError("what is held here is not what arrived: memory has changed it")
-        return held
+        with with_sender():
+            order = decode(keys.get("order", PATIENCE * self._timeout_seconds), Order)
+        seat = self._seats.seat(order, sampler_name(keys.rank))
+        outcome: Outcome = seat.take(held, lambda adapter: take_part(keys, adapter))
+        if outcome.state == "published":
+            self._seats.published(order)
+        elif outcome.state == "torn":
+            self._seats.torn(order)
+        return outcome
+
+    def _scope(self) -> Rendezvous:
+        keys = self._keys.scope(f"sync {self._engine.link.number}")
+        self._past = [*self._past[-1:], keys]
+        if len(self._past) > 1:
+            self._past[0].clear()
+        return keys
 
 
 class Seats:

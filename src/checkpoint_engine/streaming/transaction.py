@@ -5,8 +5,9 @@ Who decides and who is told are those of the parameter server's transaction (`up
 The trainer's rank 0 decides. A sampler that dies is noticed as it is in a stream; if rank 0 dies,
 its keys are gone, and who has not heard that the version is to be published returns to its base.
 
-    report = conduct(talk, version, num_bytes)          # rank 0
-    outcome = take_part(talk, seat)                     # each sampler
+    report = conduct(keys, version, num_bytes, lost, timeout_seconds)   # rank 0
+    outcome = take_part(keys, seat)                     # each sampler
+    withdraw(keys, error)                               # one that cannot, so that nobody waits
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ from checkpoint_engine.update.protocol import (
 from checkpoint_engine.update.relay import Action, Relay, Tell
 from checkpoint_engine.update.session import Outcome, Receive, Send, play, session
 
-__all__ = ["conduct", "sampler_name", "take_part"]
+__all__ = ["conduct", "sampler_name", "take_part", "withdraw"]
 
 POLL_SECONDS = 0.05
 
 
-class _Said(msgspec.Struct, frozen=True):
-    """What a sampler's session says."""
+class _Said(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sampler's session says, or why there is none, or no more."""
 
     rank: int
-    message: FromSession
+    message: FromSession | None = None
+    error: RemoteError | None = None
 
 
 class _NoRecord:
@@ -116,7 +118,7 @@ class _Conduct:
             while not self._coordinator.done:
                 self._hear()
                 for rank in lost():
-                    self._lose(rank)
+                    self._lose(rank, _died(rank))
                 self._decided(self._coordinator.expire(time.monotonic()))
         except CheckpointEngineError as error:
             self._decided(self._coordinator.abandon(RemoteError.of(error, "the trainer")))
@@ -132,6 +134,9 @@ class _Conduct:
             return
         if said.rank in self._returned:
             return
+        if said.message is None:
+            self._lose(said.rank, said.error or _died(said.rank))
+            return
         if isinstance(said.message, Hello):
             self._names[said.rank], actions = self._relay.joined(said.message)
         else:
@@ -140,13 +145,9 @@ class _Conduct:
         if isinstance(said.message, (Confirmed, Withdrawn)):
             self._return(said.rank, None)
 
-    def _lose(self, rank: int) -> None:
+    def _lose(self, rank: int, error: RemoteError) -> None:
         if rank in self._returned:
             return
-        error = RemoteError(
-            type=PeerLost.__name__, message="it died, or no link leads to its host any more",
-            where=sampler_name(rank),
-        )  # fmt: skip
         if rank in self._names:
             self._act(self._relay.left(self._names[rank], error))
         self._return(rank, None if rank in self._names else error)
@@ -171,6 +172,11 @@ class _Conduct:
                 self._act(self._relay.decided(decision))
 
 
+def _died(rank: int) -> RemoteError:
+    said = "it died, or no link leads to its host any more"
+    return RemoteError(type=PeerLost.__name__, message=said, where=sampler_name(rank))
+
+
 def take_part(keys: Rendezvous, adapter: Adapter) -> Outcome:
     """Take the version that was received through an adapter, which recalls it.
 
@@ -183,9 +189,19 @@ def take_part(keys: Rendezvous, adapter: Adapter) -> Outcome:
     def perform(step: Send | Receive) -> FromRank | None:
         with with_sender():
             if isinstance(step, Send):
-                said.append(msgspec.msgpack.encode(_Said(keys.rank, step.message)))
+                said.append(msgspec.msgpack.encode(_Said(rank=keys.rank, message=step.message)))
                 return None
             heard: FromRank = decode(told.next(step.timeout_seconds), FromRank)
             return heard
 
     return play(session(adapter, Attachments(keep_maps=False)), perform)
+
+
+def withdraw(keys: Rendezvous, error: BaseException) -> None:
+    """Say why this sampler casts no vote, or none any more.
+
+    Raises:
+        PeerLost, DeadlineExceeded: nobody is left to be told.
+    """
+    why = RemoteError.of(error, sampler_name(keys.rank))
+    keys.log("said").append(msgspec.msgpack.encode(_Said(rank=keys.rank, error=why)))
