@@ -21,7 +21,13 @@ import torch.distributed as dist
 import zmq
 from core_tools import MIB, TIMEOUT_SECONDS, Background, pattern
 
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost, ProtocolError, UsageError
+from checkpoint_engine.errors import (
+    DeadlineExceeded,
+    PeerLost,
+    ProtocolError,
+    TransferError,
+    UsageError,
+)
 from checkpoint_engine.transport import keystore, meeting
 from checkpoint_engine.transport.address import own_address
 from checkpoint_engine.transport.group_store import GroupStore
@@ -459,3 +465,13 @@ def test_torchs_wait_ends_at_its_deadline() -> None:
     with pytest.raises(DeadlineExceeded):
         store.wait(["a", "b"], timedelta(seconds=0.05))
     assert time.monotonic() - begin >= 0.05
+
+
+def test_a_wait_ends_when_the_group_is_abandoned() -> None:
+    """Torch waits in threads of its own, which whoever closes must not wait for in turn."""
+    store = GroupStore(LocalKeyStore(), "")
+    waiting = Background(lambda: store.wait(["never"], timedelta(hours=1)))
+    time.sleep(0.3)  # more than one look
+    store.close()
+    with pytest.raises(TransferError, match="abandoned while it was made"):
+        waiting.result()
