@@ -142,7 +142,7 @@ def _is_as_loaded(layer: torch.nn.Module) -> bool:
     method = getattr(layer, "quant_method", None)
     if method is not None and type(method) not in PLAIN_METHODS:
         return False
-    if is_deferred_attention_layer(layer) and type(layer) is not Attention:
+    if hasattr(layer, "process_weights_after_loading") and type(layer) is not Attention:
         return False  # MLA, say, multiplies with matrices of its own making
     recorded, _ = get_layerwise_info(layer).restore_metadata
     own = dict(layer.named_parameters(recurse=False))
