@@ -10,7 +10,7 @@ Only ours checks the digests of what is sent and of what arrives.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 
 import msgspec
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.bench.link import FarHost
-from checkpoint_engine.bench.measure import Operation, Samples, Stopwatch, Tell, run_rounds
-from checkpoint_engine.bench.ranks import Place, free_port, run_ranks
+from checkpoint_engine.bench.measure import Samples, Tell, run_rounds
+from checkpoint_engine.bench.ranks import Place, free_port, in_step, run_ranks
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.sources import TensorSource
@@ -112,9 +112,9 @@ class _Rank:
 
     def measure(self, job: _Job) -> Samples:
         operations = [
-            self._operation("broadcast", self._deliver),
-            self._operation("bare", self._broadcast_bare),
-            self._operation("bare again", self._broadcast_bare),
+            in_step(self._rendezvous, "broadcast", self._deliver),
+            in_step(self._rendezvous, "bare", self._broadcast_bare),
+            in_step(self._rendezvous, "bare again", self._broadcast_bare),
         ]
         return run_rounds(
             operations, rounds=job.rounds, warmups=job.warmups, tell=lambda *progress: None
@@ -149,19 +149,6 @@ class _Rank:
         )
         metas = self._rendezvous.gather("metas", msgspec.msgpack.encode(meta), TIMEOUT_SECONDS)
         return Version.of([msgspec.msgpack.decode(one, type=RankMeta) for one in metas])
-
-    def _operation(self, name: str, run: Callable[[], None]) -> Operation:
-        """From when all ranks are ready until all are done."""
-
-        def timed() -> Mapping[str, float]:
-            watch = Stopwatch()
-            self._rendezvous.barrier("begin", TIMEOUT_SECONDS)
-            with watch.time(name):
-                run()
-                self._rendezvous.barrier("end", TIMEOUT_SECONDS)
-            return watch.seconds
-
-        return Operation(frozenset({name}), timed)
 
     def _deliver(self) -> None:
         received, _ = deliver(

@@ -3,6 +3,8 @@
     outputs = run_ranks(__name__, jobs, "the broadcast", timeout_seconds=300)
     samples = msgspec.json.decode(outputs[0], type=Samples)
 
+    in_step(rendezvous, "broadcast", self._deliver)     # an operation of every rank
+
 Each is given its job as JSON, its only argument, and what it writes last is a line of JSON.
 """
 
@@ -13,15 +15,19 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from checkpoint_engine.bench.measure import Operation, Stopwatch
 from checkpoint_engine.errors import DeadlineExceeded, PeerLost
 from checkpoint_engine.transport.address import LOOPBACK
+from checkpoint_engine.transport.rendezvous import Rendezvous
 
-__all__ = ["Place", "free_port", "run_ranks"]
+__all__ = ["Place", "free_port", "in_step", "run_ranks"]
+
+STEP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,20 @@ def run_ranks(
         for process in processes:
             process.kill()
             process.communicate(timeout=timeout_seconds)
+
+
+def in_step(rendezvous: Rendezvous, name: str, run: Callable[[], None]) -> Operation:
+    """What all ranks do together, timed from when all are ready until all are done."""
+
+    def timed() -> Mapping[str, float]:
+        watch = Stopwatch()
+        rendezvous.barrier("begin", STEP_SECONDS)
+        with watch.time(name):
+            run()
+            rendezvous.barrier("end", STEP_SECONDS)
+        return watch.seconds
+
+    return Operation(frozenset({name}), timed)
 
 
 def _last_line(

@@ -25,15 +25,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.bench.measure import (
-    Operation,
-    Samples,
-    Stopwatch,
-    Tell,
-    Unavailable,
-    run_rounds,
-)
-from checkpoint_engine.bench.ranks import free_port, run_ranks
+from checkpoint_engine.bench.measure import Samples, Tell, Unavailable, run_rounds
+from checkpoint_engine.bench.ranks import free_port, in_step, run_ranks
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.streaming import new_engine
 from checkpoint_engine.transport.address import LOOPBACK
@@ -169,7 +162,7 @@ class _Rank:
                 "stream beside Ray": moves["stream"],
                 "Ray object store": self._move_by_ray,
             }
-        operations = [self._operation(name, move) for name, move in moves.items()]
+        operations = [in_step(self._rendezvous, name, move) for name, move in moves.items()]
         return run_rounds(
             operations, rounds=job.rounds, warmups=job.warmups, tell=lambda *progress: None
         )
@@ -183,19 +176,6 @@ class _Rank:
         dist.destroy_process_group()
         self._bare.close()
         self._rendezvous.close()
-
-    def _operation(self, name: str, move: Move) -> Operation:
-        """From when all ranks are ready until all are done."""
-
-        def timed() -> Mapping[str, float]:
-            watch = Stopwatch()
-            self._rendezvous.barrier("begin", TIMEOUT_SECONDS)
-            with watch.time(name):
-                move()
-                self._rendezvous.barrier("end", TIMEOUT_SECONDS)
-            return watch.seconds
-
-        return Operation(frozenset({name}), timed)
 
     def _move_by_ray(self) -> None:
         if self._ray is not None:
