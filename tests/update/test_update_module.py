@@ -41,7 +41,7 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 
 def load(
-    model: Fused, tensors: dict[str, torch.Tensor], padded: frozenset[str] | None = None
+    model: Fused | Layers, tensors: dict[str, torch.Tensor], padded: frozenset[str] | None = None
 ) -> None:
     watch = Watch(model)
     with watch:
@@ -99,6 +99,27 @@ def test_what_is_padded_may_be_written_in_part_and_nothing_else() -> None:
     load(Fused(), {**tensors, "more": torch.ones(2)}, padded=frozenset(["qk"]))
     with pytest.raises(AdapterError, match="wrote 16 of 32 elements of the model's 'qk': "):
         load(Fused(), tensors, padded=frozenset(["head.weight"]))
+
+
+class Layers(torch.nn.ModuleList):
+    """Two of them, whose parameters are padded: half of each is in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(4, 8, bias=False) for _ in range(2))
+
+    def load_weights(self, named: Named) -> None:
+        for name, tensor in named:
+            layer, start = map(int, name.split("."))
+            self[layer].weight.data[start : start + 2] = tensor
+
+
+def test_what_is_padded_is_padded_in_every_layer() -> None:
+    names = [f"{layer}.{start}" for layer in range(2) for start in (0, 2)]
+    tensors = {name: torch.ones(2, 4) for name in names}
+    load(Layers(), tensors)
+    del tensors["1.2"]
+    with pytest.raises(AdapterError, match=r"wrote 8 of 32 elements of the model's '1\.weight'"):
+        load(Layers(), tensors)
 
 
 def test_a_user_may_load_a_part_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

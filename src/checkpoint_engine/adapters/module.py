@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -114,8 +115,8 @@ class Watch(TorchDispatchMode):
         """Raise unless the loader has replaced the whole content of the module.
 
         Parameters of one element are let pass: scales that no checkpoint has. What was written in
-        part is let pass if it is of those `padded`; where they are not known, if the loader has
-        made use of all that it was given.
+        part is let pass if it is of those `padded`. Where they are not known, it is if the loader
+        has made use of all that it was given, and has written as much of its like in other layers.
 
         Raises:
             AdapterError: a parameter was not written, or in part only; names it.
@@ -124,10 +125,15 @@ class Watch(TorchDispatchMode):
             return
         unread = sorted(self._unread | self._pending)
         after = {name: _Range.of(tensor) for name, tensor in _parameters(self._model)}
+        extents: dict[tuple[str, int], set[int]] = {}
         for name, range_ in self._before.items():
-            written, size = self._written[name], range_.num_elements
+            extents.setdefault(_kind(name, range_), set()).add(self._written[name])
+        for name in sorted(self._before, key=self._written.__getitem__):
+            range_, written = self._before[name], self._written[name]
+            size = range_.num_elements
             replaced = name not in after or after[name].start != range_.start
-            is_padded = name in padded if padded is not None else not unread
+            is_alike = not unread and len(extents[_kind(name, range_)]) == 1
+            is_padded = name in padded if padded is not None else is_alike
             if replaced or size <= 1 or written >= size or (written and is_padded):
                 continue
             what = "nothing of" if not written else f"{written} of {size} elements of"
@@ -200,6 +206,11 @@ class _Range:
         strides = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
         return cls(start, start + span * tensor.itemsize, tensor.numel())
+
+
+def _kind(name: str, range_: _Range) -> tuple[str, int]:
+    """What parameters of like layers have in common."""
+    return re.sub(r"\d+", "#", name), range_.num_elements
 
 
 class _Ranges:

@@ -35,10 +35,16 @@ def other_server(python: Path, checkpoints: list[Path], logs: Path) -> Iterator[
 def test_a_server_that_waits_for_its_weights_is_ready_once_it_has_them(
     python: Path, ps: ParameterServer, checkpoints: list[Path], logs: Path, fresh: Fresh
 ) -> None:
+    """A whole version: what lacks in a layer shows by its like in the other."""
     expected = fresh(1)
     options = ("--load-format", "dummy", WAIT)
+    part = tensors_of(checkpoints[1])
+    del part["model.layers.1.self_attn.v_proj.weight"]
     with SGLangServer(python, checkpoints[0], logs / "waiting", *options) as server:
         server.wait_for("/ready", 503)
+        with pytest.raises(UpdateFailed, match=r"elements of the model's '.*layers\.1.*qkv_proj"):
+            bring(ps, [server], "part", part)
+        assert server.status("/ready") == 503
         bring(ps, [server], "step-1", checkpoints[1])
         server.wait_for("/ready", 200)
         assert (server.generate(), server.label) == (expected, "step-1")
