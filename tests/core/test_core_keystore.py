@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -137,6 +138,26 @@ def test_counters_miss_nothing(store: KeyStore) -> None:
         fork.close()
 
 
+def test_entries_of_a_list_are_numbered_and_none_is_lost(store: KeyStore) -> None:
+    waiting = store.fork()
+    got = Background(lambda: waiting.get("list/1", TIMEOUT_SECONDS))
+
+    def append(to: KeyStore, who: int) -> list[int]:
+        return [to.append("list", f"{who} {number}".encode()) for number in range(50)]
+
+    forks = [store.fork() for _ in range(3)]
+    appending = [Background(lambda n=n, one=one: append(one, n)) for n, one in enumerate(forks)]
+    numbers = [one.result() for one in appending]
+    assert sorted(chain(*numbers)) == list(range(1, 151))
+    for who, own in enumerate(numbers):
+        entries = [store.get(f"list/{number}", 0) for number in own]
+        assert entries == [f"{who} {number}".encode() for number in range(50)]
+    assert got.result() == store.get("list/1", 0)
+    assert store.get("list/length", 0) == b"150"
+    for fork in (*forks, waiting):
+        fork.close()
+
+
 # Sizes and numbers
 
 
@@ -146,6 +167,9 @@ def test_what_is_no_counter(server: KeyServer, connect: Callable[..., KeyClient]
     with pytest.raises(ProtocolError, match="'key' is no counter"):
         client.add("key", 1)
     assert client.get("key", 1) == b"value"
+    client.set("list/length", b"value")
+    with pytest.raises(ProtocolError, match="'list/length' is no counter"):
+        client.append("list", b"entry")
 
 
 def test_what_is_too_large_for_a_message_is_not_sent(
@@ -154,8 +178,9 @@ def test_what_is_too_large_for_a_message_is_not_sent(
     monkeypatch.setattr(keystore, "MAX_VALUE_BYTES", 1000)
     client = connect(server.port)
     client.set("key", bytes(1000))
-    with pytest.raises(UsageError, match="1001 bytes are more than 1000"):
-        client.set("key", bytes(1001))
+    for send in (client.set, client.append):
+        with pytest.raises(UsageError, match="1001 bytes are more than 1000"):
+            send("key", bytes(1001))
 
 
 def test_256_clients(server: KeyServer, connect: Callable[..., KeyClient]) -> None:

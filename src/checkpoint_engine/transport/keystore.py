@@ -64,6 +64,10 @@ class KeyStore(Protocol):
         """Add to a counter, which begins at 0 and is written in decimal; returns its new value."""
         ...
 
+    def append(self, key: str, value: bytes) -> int:
+        """Set the next of "key/1", "key/2" ..., which "key/length" counts; returns its number."""
+        ...
+
     def delete(self, key: str) -> bool:
         """Forget a key; returns whether there was one."""
         ...
@@ -87,6 +91,11 @@ class _Values:
         total = int(self.of.get(key, b"0")) + amount
         self.of[key] = str(total).encode()
         return total
+
+    def append(self, key: str, value: bytes) -> int:
+        number = self.add(f"{key}/length", 1)
+        self.of[f"{key}/{number}"] = value
+        return number
 
 
 class LocalKeyStore:
@@ -119,6 +128,13 @@ class LocalKeyStore:
             total = self._values.add(key, amount)
             self._changed.notify_all()
             return total
+
+    def append(self, key: str, value: bytes) -> int:
+        """Add to a list; returns the entry's number."""
+        with self._changed:
+            number = self._values.append(key, value)
+            self._changed.notify_all()
+            return number
 
     def delete(self, key: str) -> bool:
         """Forget a key."""
@@ -156,6 +172,12 @@ class Add(_Request, frozen=True):
     amount: int
 
 
+class Append(_Request, frozen=True):
+    """Add to a list; answered with the entry's number, or none if its length is no counter."""
+
+    value: bytes
+
+
 class Delete(_Request, frozen=True):
     """Forget a key; answered with an empty value, or none if there was none."""
 
@@ -167,7 +189,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     value: bytes | None
 
 
-REQUESTS = msgspec.msgpack.Decoder(Set | Get | Add | Delete)
+REQUESTS = msgspec.msgpack.Decoder(Set | Get | Add | Append | Delete)
 ANSWERS = msgspec.msgpack.Decoder(Answer)
 
 
@@ -245,6 +267,8 @@ class KeyServer:
             value = b""
         elif isinstance(request, Add):
             value = self._add(key, request.amount)
+        elif isinstance(request, Append):
+            value = self._append(key, request.value)
         elif isinstance(request, Delete):
             value = None if self._values.of.pop(key, None) is None else b""
         self._answer(client, number, value)
@@ -256,6 +280,15 @@ class KeyServer:
             return None
         self._wake(key)
         return self._values.of[key]
+
+    def _append(self, key: str, value: bytes) -> bytes | None:
+        try:
+            number = self._values.append(key, value)
+        except ValueError:  # no counter
+            return None
+        self._wake(f"{key}/length")
+        self._wake(f"{key}/{number}")
+        return str(number).encode()
 
     def _wake(self, key: str) -> None:
         """Answer everybody who waits for a key that was set now."""
@@ -312,9 +345,7 @@ class KeyClient:
         Raises:
             UsageError: it is larger than a message may be.
         """
-        if len(value) > MAX_VALUE_BYTES:
-            raise UsageError(f"{key!r}: {len(value)} bytes are more than {MAX_VALUE_BYTES}")
-        seconds = ANSWER_SECONDS + len(value) / SLOWEST_BYTES_PER_SECOND
+        seconds = _seconds_for(key, value)
         self._ask(Set(number=self._next(), key=key, value=value), seconds)
 
     def get(self, key: str, timeout_seconds: float) -> bytes:
@@ -332,6 +363,14 @@ class KeyClient:
         if total is None:
             raise ProtocolError(f"{key!r} is no counter")
         return int(total)
+
+    def append(self, key: str, value: bytes) -> int:
+        """Add to a list; returns the entry's number; else as `set`."""
+        seconds = _seconds_for(key, value)
+        number = self._ask(Append(number=self._next(), key=key, value=value), seconds)
+        if number is None:
+            raise ProtocolError(f"'{key}/length' is no counter")
+        return int(number)
 
     def delete(self, key: str) -> bool:
         """Forget a key."""
@@ -362,7 +401,7 @@ class KeyClient:
             return self._ask_once(request, asked_at + timeout_seconds)
         except PeerLost:
             was_unnoticed = time.monotonic() - asked_at < UNNOTICED_SECONDS
-            if is_new or not was_unnoticed or isinstance(request, Add):
+            if is_new or not was_unnoticed or isinstance(request, (Add, Append)):
                 raise
             return self._ask_once(request, asked_at + timeout_seconds)
 
@@ -396,6 +435,13 @@ class KeyClient:
         if self._line is not None:
             self._line.close()
             self._line = None
+
+
+def _seconds_for(key: str, value: bytes) -> float:
+    """The longest that a value may take on its way."""
+    if len(value) > MAX_VALUE_BYTES:
+        raise UsageError(f"{key!r}: {len(value)} bytes are more than {MAX_VALUE_BYTES}")
+    return ANSWER_SECONDS + len(value) / SLOWEST_BYTES_PER_SECOND
 
 
 def _decoded(frame: bytes, address: str) -> Answer:

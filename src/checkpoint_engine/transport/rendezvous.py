@@ -200,6 +200,11 @@ class Rendezvous:
         self._keys.append(key)
         return self.store.add(self._prefix + key, amount)
 
+    def append(self, key: str, value: bytes) -> None:
+        """Add to a list of entries, in one step: nobody sees a number without its entry."""
+        number = self.store.append(self._prefix + key, value)
+        self._keys += [f"{key}/length", f"{key}/{number}"]
+
     def clear(self) -> None:
         """Delete every key that this object and its forks set. Nobody may need them any more."""
         while self._keys:
@@ -224,8 +229,7 @@ class Log:
 
     def append(self, entry: bytes) -> None:
         """Add an entry at the end."""
-        number = self._rendezvous.add(f"{self._name}/length", 1)
-        self._rendezvous.put(f"{self._name}/{number}", entry)
+        self._rendezvous.append(self._name, entry)
 
     def next(self, timeout_seconds: float) -> bytes:
         """Wait for the next entry that this reader has not seen.
