@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from checkpoint_engine.streaming import new_engine, packing
+from checkpoint_engine.transport.collective import Collective
 from children import serve
 
 
@@ -34,8 +35,8 @@ def weights(seed: int, device: str) -> dict[str, torch.Tensor]:
 
 
 class Member:
-    def make(self, is_master: bool, settings: dict[str, Any]) -> dict[str, Any]:
-        self._engine: Any = new_engine("cuda_ipc", **settings)
+    def make(self, engine: str, is_master: bool, settings: dict[str, Any]) -> dict[str, Any]:
+        self._engine: Any = new_engine(engine, **settings)
         self._engine.is_master = is_master
         metadata: dict[str, Any] = self._engine.prepare()
         return metadata
@@ -78,6 +79,16 @@ class Member:
             return closed(bucket)
 
         packing.OpenBucket.closed = spoiled  # type: ignore[method-assign]
+
+    def leave_broadcast(self, how: str) -> None:
+        """Let the others broadcast without this process, which then is gone or hangs."""
+
+        def leave(*_: Any) -> None:
+            if how == "die":
+                os._exit(9)
+            time.sleep(3600)
+
+        Collective.broadcast = leave  # type: ignore[method-assign]
 
     def send_plain(self, num_tensors: int, num_bytes: int) -> Any:
         """Time so many tensors of so many bytes."""

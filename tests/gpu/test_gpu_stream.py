@@ -1,4 +1,7 @@
-"""Weights from a trainer's GPU to samplers on it, by CUDA IPC; skipped where there is none."""
+"""Weights from a trainer's GPU to samplers on it; skipped where there is none.
+
+NCCL refuses two ranks on one GPU of one host, so each is told that it is a host of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,30 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on
 
 MIB = 1 << 20
 SLACK_BYTES = 16 * MIB
+SETTINGS = {"bucket_size": 4 * MIB, "timeout": 30}
 
 
 class Pair:
     """A trainer and a sampler."""
 
-    def __init__(self, **environment: str) -> None:
-        self.ranks = [Child("gpu/gpu_stream.py", **environment) for _ in range(2)]
+    def __init__(self, engine: str = "cuda_ipc", **environment: str) -> None:
+        self.engine, self._environment = engine, environment
+        self.ranks = [self.new_rank(rank) for rank in range(2)]
+
+    def new_rank(self, rank: int) -> Child:
+        alone = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        return Child("gpu/gpu_stream.py", **alone, **self._environment)
 
     def meet(self, **settings: Any) -> None:
-        settings = {"bucket_size": 4 * MIB, "timeout": 30, **settings}
-        self.metadata, _ = call_all(
-            self.ranks, "make", is_master=[True, False], settings=[settings, settings]
-        )
+        settings = {"engine": self.engine, "settings": SETTINGS | settings}
+        self.metadata, _ = call_all(self.ranks, "make", is_master=[True, False], **settings)
         call_all(self.ranks, "meet", rank=[0, 1], world_size=2, metadata=self.metadata)
+
+    def replace_sampler(self) -> None:
+        self.ranks[1].close()
+        self.ranks[1] = self.new_rank(1)
+        self.ranks[1].call("make", engine=self.engine, is_master=False, settings=SETTINGS)
+        self.ranks[1].call("meet", rank=1, world_size=2, metadata=self.metadata)
 
     def sync(self, seed: int) -> str:
         sending = self.ranks[0].send("send", seed=seed)
@@ -48,9 +61,9 @@ class Pair:
             rank.close()
 
 
-@pytest.fixture
-def pair(socket_folder: Path) -> Iterator[Pair]:
-    pair = Pair()
+@pytest.fixture(params=["cuda_ipc", "nccl"])
+def pair(request: pytest.FixtureRequest, socket_folder: Path) -> Iterator[Pair]:
+    pair = Pair(request.param)
     pair.meet()
     yield pair
     pair.close()
@@ -101,13 +114,31 @@ def test_a_sampler_that_dies_is_named_and_may_come_back(pair: Pair) -> None:
         pair.ranks[1].call("receive", seed=1, die_after=50)
     with pytest.raises(RuntimeError, match="PeerLost: rank 1"):
         pair.ranks[0].result(sending)
-    pair.ranks[1].close()
-    pair.ranks[1] = Child("gpu/gpu_stream.py")
-    settings = {"bucket_size": 4 * MIB, "timeout": 30}
-    pair.ranks[1].call("make", is_master=False, settings=settings)
-    pair.ranks[1].call("meet", rank=1, world_size=2, metadata=pair.metadata)
+    pair.replace_sampler()
     pair.sync(2)
     pair.finalize()
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [("die", "PeerLost: rank 1"), ("hang", "DeadlineExceeded: rank 1 hangs")]
+)
+def test_a_broadcast_that_a_sampler_leaves_ends_and_the_trainer_lives(
+    socket_folder: Path, how: str, error: str
+) -> None:
+    pair = Pair("nccl")
+    try:
+        pair.meet(timeout=8)
+        pair.sync(1)
+        pair.ranks[1].call("leave_broadcast", how=how)
+        sending = pair.ranks[0].send("send", seed=2)
+        pair.ranks[1].send("receive", seed=2)
+        with pytest.raises(RuntimeError, match=error):
+            pair.ranks[0].result(sending)
+        pair.replace_sampler()
+        pair.sync(3)
+        pair.finalize()
+    finally:
+        pair.close()
 
 
 def test_memory_of_the_gpu_is_given_back(pair: Pair) -> None:

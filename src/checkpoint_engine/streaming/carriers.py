@@ -155,8 +155,8 @@ class CollectiveCarrier(Carrier):
         if self._is_alone or not len(data):
             return
         self._collective.broadcast(data, 0, timeout_seconds)
-        if not data.is_cpu:  # the call returns when the work is queued
-            torch.accelerator.synchronize(data.device)
+        if not data.is_cpu:  # digests and copies of other streams come after it, too
+            torch.accelerator.current_stream(data.device).synchronize()
 
 
 class RingCarrier(Carrier):

@@ -66,11 +66,6 @@ class CudaIpcCheckpointEngine(StreamingEngine):
         """A ring, once it is known how large."""
         return _CudaMemory(self.device, self._rings)
 
-    def finalize(self) -> None:
-        """See `StreamingEngine`."""
-        super().finalize()
-        torch.cuda.empty_cache()  # what was received into is the GPU's again
-
     def _leave(self) -> None:
         super()._leave()
         self._rings.clear()  # which must not be freed before the others have closed it

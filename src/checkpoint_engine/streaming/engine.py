@@ -261,6 +261,8 @@ class StreamingEngine(CheckpointEngine):
             self._keeper.close()
         self._keeper, self._metadata, self._rank = None, {}, None
         self._places = Places(self.device)
+        if self.device.type != "cpu":  # what was received into is the device's again
+            torch.get_device_module(self.device).empty_cache()
 
     def meeting(self, metadata: Mapping[str, Any] | None) -> Meeting:
         """Where the master is: as it says, else as the environment does, else on this host."""

@@ -12,7 +12,10 @@ once, and the next broadcast meets under a new name. Gloo listens at this host's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -25,6 +28,13 @@ from checkpoint_engine.transport.group_store import GroupStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 __all__ = ["BACKENDS", "Collective"]
+
+POLL_SECONDS = 1e-4
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # whose monitor ends the process, too
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else a minute in which a group cannot be closed
+}
 
 
 class Collective:
@@ -86,16 +96,30 @@ class Collective:
             memory = torch.frombuffer(memory, dtype=torch.uint8)
         try:
             work = group.broadcast([memory], options)
+            if not memory.is_cpu:
+                self._wait_queued(work, timeout_seconds)
             work.wait(options.timeout)
         except RuntimeError as error:
             raise TransferError(f"broadcast from host {root}: {_first_line(error)}") from error
 
     def abandon(self) -> None:
         """Close the group; members that wait in it fail at once."""
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None and not isinstance(group, ProcessGroupGloo):
+            group.abort()  # or what is queued on the device waits there for the others, for ever
         if self._store is not None:
             self._store.close()
             self._store = None
+
+    def _wait_queued(self, work: Any, timeout_seconds: float) -> None:
+        """Wait for what a device does; torch looks once in a millisecond, or two buckets' time."""
+        deadline = time.monotonic() + timeout_seconds
+        while not work.is_completed():
+            if self._group is None:
+                raise TransferError("the group was abandoned meanwhile")
+            if time.monotonic() > deadline:
+                raise TransferError(f"a broadcast did not end in {timeout_seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
 
 
 def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
@@ -109,7 +133,8 @@ def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address:
     kind = import_module("torch.distributed").ProcessGroupNCCL
     options = kind.Options()
     options._timeout = timeout
-    return kind(store, index, size, options)
+    with _environment(NCCL_ENVIRONMENT):
+        return kind(store, index, size, options)
 
 
 def _hccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
@@ -124,6 +149,21 @@ BACKENDS: dict[str, Callable[[GroupStore, int, int, timedelta, str], Any]] = {
     "nccl": _nccl,
     "hccl": _hccl,
 }
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """What a group reads when it is made, and of which there is no option."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _first_line(error: BaseException) -> str:
