@@ -12,6 +12,8 @@ in whatever torch does next. Everything else of CUDA is torch's own. Importing t
     data, handle = share(num_bytes, device)         # of a GPU; the handle is plain bytes
     data = opened(handle, num_bytes, device)        # in another process of the host
 
+    wait(event)                                     # as `event.synchronize()`, with a deadline
+
 What is shared is the driver's own, beside torch's allocator: so it does not matter how that works
 (expandable segments cannot be handed over), and memory that is freed is not cached.
 """
@@ -22,6 +24,7 @@ import ctypes
 import functools
 import mmap
 import sysconfig
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint_engine.errors import AdapterError, HandoverError
+from checkpoint_engine.errors import AdapterError, DeadlineExceeded, HandoverError
 
 __all__ = [
     "Kernel",
@@ -40,7 +43,11 @@ __all__ = [
     "opened",
     "pin",
     "share",
+    "wait",
 ]
+
+WAIT_SECONDS = 120.0  # for copies and digests of some 100 MB; a collective before them has as long
+POLL_SECONDS = 5e-5
 
 HOST_REGISTER_PORTABLE, HOST_REGISTER_READ_ONLY = 1, 8  # the values are the driver's
 IPC_LAZY_ENABLE_PEER_ACCESS = 1
@@ -102,6 +109,22 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
 def new_event() -> torch.cuda.Event:
     """An event, of whatever device it is first recorded on; it is past until then."""
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def wait(event: torch.cuda.Event) -> None:
+    """Wait until the device has come to an event.
+
+    Raises:
+        DeadlineExceeded: it does not; something that was queued before hangs.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not event.query():  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"the GPU is not done in {WAIT_SECONDS:.0f} s with what is queued on it: a kernel "
+                "hangs there, or a collective that waits for another rank"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def pin(owner: object, mapped: mmap.mmap, *, writable: bool) -> Callable[[], object]:

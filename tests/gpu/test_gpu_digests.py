@@ -7,8 +7,10 @@ import pytest
 import torch
 import xxhash
 
+from checkpoint_engine import cuda
 from checkpoint_engine.codec.device_digest import DevicePlan, chunk_digests_there
 from checkpoint_engine.codec.digest import chunk_digests
+from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.manifest import CHUNK_BYTES, align
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -32,3 +34,17 @@ def test_every_length_has_its_digest() -> None:
 def test_a_tensor_has_the_digests_of_its_chunks(length: int) -> None:
     data = torch.randint(256, (length,), dtype=torch.uint8)
     assert chunk_digests_there(data.to("cuda")) == chunk_digests(data.numpy().data)
+
+
+def test_digests_behind_a_kernel_that_hangs_have_a_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, device="cuda")
+    plan = DevicePlan.of([(0, CHUNK_BYTES)], data.device)
+    torch.cuda._sleep(4_000_000_000)  # about two seconds
+    digests = plan.begin(data)
+    monkeypatch.setattr(cuda, "WAIT_SECONDS", 0.05)
+    with pytest.raises(DeadlineExceeded, match="a kernel hangs there"):
+        digests.wait()
+    monkeypatch.undo()
+    assert b"".join(digests.wait()) == chunk_digests(data.cpu().numpy().data)

@@ -146,7 +146,7 @@ class Feed:
         end = min(start + CHUNK_BYTES, meta.length)
         with torch.cuda.stream(self._copies):
             slot, done = self._next_slot()
-            done.synchronize()
+            cuda.wait(done)
             np.copyto(
                 slot[: end - start].numpy(),
                 np.frombuffer(self._content.chunk(meta, start, end)(), dtype=np.uint8),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from checkpoint_engine.codec.digest import chunk_digest
-from checkpoint_engine.cuda import compile_kernels, new_event
+from checkpoint_engine.cuda import compile_kernels, new_event, wait
 from checkpoint_engine.manifest import ALIGNMENT_BYTES, CHUNK_BYTES
 
 __all__ = ["SOURCE", "DevicePlan", "Digests", "chunk_digests_there"]
@@ -152,8 +152,12 @@ class Digests:
     done: torch.cuda.Event
 
     def wait(self) -> list[bytes]:
-        """The digests, in the order of the chunks."""
-        self.done.synchronize()
+        """The digests, in the order of the chunks.
+
+        Raises:
+            DeadlineExceeded: something that was queued before hangs.
+        """
+        wait(self.done)
         return self.plan.in_order(self.words.numpy(), self.rows.numpy())
 
 
