@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -26,6 +27,7 @@ from checkpoint_engine.streaming import (
     names,
     new_engine,
 )
+from checkpoint_engine.streaming.messages import Ear
 
 KINDS = [GlooCheckpointEngine, SharedMemoryCheckpointEngine]
 Pair = tuple[Any, Any]
@@ -271,6 +273,30 @@ def test_finalize_ends_a_cycle_whose_generator_waits(pair: Pair) -> None:
             await receiving
 
     asyncio.run(waited())
+
+
+def test_a_receiver_that_listens_late_hears_why_the_sender_left(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Ear.next
+
+    def late(ear: Ear[Any], timeout_seconds: float) -> Any:
+        time.sleep(0.3)
+        return heard(ear, timeout_seconds)
+
+    async def left() -> None:
+        async def tensors() -> AsyncIterator[tuple[str, torch.Tensor]]:
+            yield "a", torch.ones(3)
+            monkeypatch.setattr(Ear, "next", late)
+            await asyncio.to_thread(pair[0].finalize)
+
+        sending = asyncio.create_task(pair[0].send_weights(tensors()))
+        with pytest.raises(UsageError, match="the sender gave up: the engine was finalized"):
+            await received(pair[1])
+        with pytest.raises(UsageError, match="was finalized meanwhile"):
+            await sending
+
+    asyncio.run(left())
 
 
 @pytest.mark.parametrize("kind", KINDS)

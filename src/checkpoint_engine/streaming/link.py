@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost
+from checkpoint_engine.errors import DeadlineExceeded
 from checkpoint_engine.streaming.carriers import Carrier
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -149,7 +149,7 @@ class Link:
         cycle.speaking.put("over", b"")
 
     def close(self) -> None:
-        """Leave."""
+        """Leave. What was said in the last cycle stays to be heard, and goes with the sender."""
         self.stopped.set()
         for end in tuple(self.under_way):
             end()
@@ -158,9 +158,6 @@ class Link:
             self._turn.release()
         for thread in _begun(self._threads):
             thread.join(LEAVE_SECONDS)
-        with contextlib.suppress(PeerLost, DeadlineExceeded):
-            while self._past:
-                self._past.pop(0).speaking.clear()
         self._speaking.give_back()
         self._hearing.give_back()
         self.rendezvous.close()
