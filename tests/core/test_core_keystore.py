@@ -96,7 +96,8 @@ def test_values(store: KeyStore) -> None:
     for value in (b"", b"value", pattern(40 * MIB)):
         store.set("key", value)
         assert store.get("key", TIMEOUT_SECONDS) == value
-    assert [store.delete("key"), store.delete("key")] == [True, False]
+    store.set("other", b"")
+    assert [store.delete("key", "other", "none"), store.delete("key")] == [2, 0]
     with pytest.raises(DeadlineExceeded, match=r"no rank set 'key' in 0\.0 s"):
         store.get("key", 0)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint_engine.codec.device_digest import chunk_digests_there
-from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digest, digest_pieces
+from checkpoint_engine.codec.digest import PIECE_BYTES, chunk_digests, digest_pieces
 from checkpoint_engine.dtypes import dtype_name, num_bytes, torch_dtype, torch_shape
 from checkpoint_engine.errors import (
     ManifestError,
@@ -141,6 +141,9 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> bytes:
         target.copy_(source)
         return _digests(target)
     read, written = source.numpy(), target.numpy()
+    if len(read) <= PIECE_BYTES:
+        np.copyto(written, read)
+        return chunk_digests(written.data)
 
     def pieces(start: int, end: int) -> Iterator[memoryview]:
         for first in range(start, end, PIECE_BYTES):
@@ -158,11 +161,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> bytes:
 def _digests(data: torch.Tensor) -> bytes:
     if data.is_cuda:
         return chunk_digests_there(data)
-    memory = data.cpu().numpy().data
-    return b"".join(
-        chunk_digest(memory[start : start + CHUNK_BYTES])
-        for start in range(0, len(memory), CHUNK_BYTES)
-    )
+    return chunk_digests(data.cpu().numpy().data)
 
 
 def whole_bytes(part: Part) -> int:
@@ -266,10 +265,17 @@ def check_arrived(bucket: Bucket, memory: torch.Tensor) -> None:
         ProtocolError: a part lies where none can.
         VerificationError: one is not what was sent; names the tensor.
     """
+    here = None if memory.is_cuda else memory.cpu().numpy().data
     for part in bucket.parts:
-        if part.offset % ALIGNMENT_BYTES or part.offset + part.length > bucket.length:
+        start, end = part.offset, part.offset + part.length
+        if start % ALIGNMENT_BYTES or end > bucket.length:
             raise ProtocolError(f"a part of {part.name!r} lies outside of its bucket")
-        if _digests(memory[part.offset : part.offset + part.length]) != part.digests:
+        digests = (
+            chunk_digests_there(memory[start:end])
+            if here is None
+            else chunk_digests(here[start:end])
+        )
+        if digests != part.digests:
             raise VerificationError(f"tensor {part.name!r}: bytes differ from what was sent")
 
 

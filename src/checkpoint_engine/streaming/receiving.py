@@ -1,9 +1,10 @@
-"""A receiver's side of one cycle: find memory ∥ move and check ∥ use.
+"""A receiver's side of one cycle: find memory ∥ move ∥ check ∥ use.
 
 One thread hears what the sender says, finds memory for each bucket that it announces, and so gives
-it credit; one takes the bytes, and checks them; the consumer uses them where they lie, and gives
-the memory back when it asks for more. So a consumer that is slow stops the sender, and a sender
-that dies or gives up is noticed whatever the consumer does.
+it credit; one takes the bytes; one checks them while the next come, for which the sender would else
+wait; the consumer uses them where they lie, and gives the memory back when it asks for more. So a
+consumer that is slow stops the sender, and a sender that dies or gives up is noticed whatever the
+consumer does.
 
 The cycle ends when the sender says that every receiver has taken all.
 
@@ -75,6 +76,13 @@ class Arrived(NamedTuple):
     release: Callable[[], None]
 
 
+class _Placed(NamedTuple):
+    """A bucket, and the memory that was found for it."""
+
+    bucket: Bucket
+    place: Place
+
+
 class Receiving:
     """One version on its way here."""
 
@@ -86,8 +94,10 @@ class Receiving:
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
         self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
-        self._taker = threading.Thread(target=self._take, name="ckpt-arrive", daemon=True)
-        self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
+        self._landed: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
+        self._taker = self._worker("ckpt-arrive", self._coming, self._take)
+        self._checker = self._worker("ckpt-check", self._landed, self._check)
         self._arrived: queue.SimpleQueue[Arrived | Version | Over | BaseException]
         self._arrived = queue.SimpleQueue()
 
@@ -99,7 +109,7 @@ class Receiving:
             PeerLost: it is gone.
             CheckpointEngineError: it gave up.
         """
-        with self._link.turn((self._listener, self._taker)):
+        with self._link.turn((self._listener, self._taker, self._checker)):
             cycle = self._link.join(self._is_over)
             self._voice = Voice(cycle.speaking.log("heard"))
             self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
@@ -124,6 +134,7 @@ class Receiving:
                 self._listener.join()
                 raise self._heard() or self._cause(error) from error
             self._taker.start()
+            self._checker.start()
 
     def next(self) -> Arrived | Version:
         """What arrives next; in the end, what all of it was.
@@ -217,36 +228,54 @@ class Receiving:
             return
         if self._link.carrier.early:
             self._say_ready(bucket)
-        self._coming.put((bucket, place))
+        self._coming.put(_Placed(bucket, place))
 
-    # ── the thread that takes bytes ─────────────────────────────────────────────────────────
+    # ── the threads that take bytes and check them ──────────────────────────────────────────
 
-    def _take(self) -> None:
-        try:
-            while not self._is_over():
-                with contextlib.suppress(queue.Empty):
-                    coming = self._coming.get(timeout=POLL_SECONDS)
-                    if isinstance(coming, End):
-                        self._arrived.put(self._checked(coming))
-                        return
-                    self._take_bucket(*coming)
-        except BaseException as error:
-            if not self._is_over():
-                self._say_failed(error)
-                self._stopped.set()
-                self._listener.join()
-                self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
+    def _worker(
+        self,
+        name: str,
+        source: queue.SimpleQueue[_Placed | End],
+        work: Callable[[_Placed | End], None],
+    ) -> threading.Thread:
+        """Does something with each bucket, and with the end, after which it ends."""
 
-    def _take_bucket(self, bucket: Bucket, place: Place) -> None:
-        carrier = self._link.carrier
-        if bucket.packed:
-            packed = place.data.new_empty(bucket.packed)
-            carrier.receive(bucket.index, packed, self._timeout_seconds)
-            unpack(packed, into=place.data)
-        else:
-            carrier.receive(bucket.index, place.data, self._timeout_seconds)
-        if not carrier.early:
-            self._say_ready(bucket)
+        def run() -> None:
+            try:
+                item = self._awaited(source)
+                while item is not None:
+                    work(item)
+                    item = None if isinstance(item, End) else self._awaited(source)
+            except BaseException as error:
+                self._fail(error)
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    def _awaited(self, source: queue.SimpleQueue[_Placed | End]) -> _Placed | End | None:
+        """What comes next; None if it no longer matters."""
+        while not self._is_over():
+            with contextlib.suppress(queue.Empty):
+                return source.get(timeout=POLL_SECONDS)
+        return None
+
+    def _take(self, item: _Placed | End) -> None:
+        if isinstance(item, _Placed):
+            bucket, data, carrier = item.bucket, item.place.data, self._link.carrier
+            if bucket.packed:
+                packed = data.new_empty(bucket.packed)
+                carrier.receive(bucket.index, packed, self._timeout_seconds)
+                unpack(packed, into=data)
+            else:
+                carrier.receive(bucket.index, data, self._timeout_seconds)
+            if not carrier.early:
+                self._say_ready(bucket)
+        self._landed.put(item)
+
+    def _check(self, item: _Placed | End) -> None:
+        if isinstance(item, End):
+            self._arrived.put(self._checked(item))
+            return
+        bucket, place = item
         check_arrived(bucket, place.data)
         for part in bucket.parts:
             self._ledger.add(part)
@@ -256,6 +285,13 @@ class Receiving:
         elif not self._ledger.is_within:
             tensors = list(whole_tensors(bucket, place.data))
             self._arrived.put(Arrived(tensors, place.release))
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._is_over():
+            self._say_failed(error)
+            self._stopped.set()
+            self._listener.join()
+            self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
 
     def _checked(self, end: End) -> Version:
         digest = self._ledger.digest()

@@ -17,9 +17,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 
 import msgspec
@@ -57,19 +55,17 @@ __all__ = ["Sending"]
 POLL_SECONDS = 0.2
 
 
-class _Clock:
-    """Seconds spent in each stage."""
+class _Stage:
+    """Seconds spent within."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("meet", "generate", "fill", "move"), 0.0)
+        self.seconds = 0.0
 
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.monotonic() - start
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._start
 
 
 class Sending:
@@ -93,7 +89,7 @@ class Sending:
         self._announcer, self._mover = Worker("ckpt-announce"), Worker("ckpt-move")
         self._moves: deque[Future[None]] = deque()
         self._compressor = Compressor() if self._settings.compression == "zstd" else None
-        self._clock = _Clock()
+        self._stages = {name: _Stage() for name in ("meet", "generate", "fill", "move")}
         self._ledger = Ledger()
         self._num_buckets = self._sent_bytes = 0
 
@@ -109,7 +105,7 @@ class Sending:
         start = time.monotonic()
         self._link.under_way.add(self._end)
         try:
-            with self._clock.time("meet"):
+            with self._stages["meet"]:
                 bucket_bytes = await in_thread(self._meet)
             await self._pack(weights, self._carrier.slots(bucket_bytes))
             while self._moves:
@@ -132,7 +128,10 @@ class Sending:
             num_buckets=self._num_buckets,
             num_bytes=self._ledger.num_bytes,
             sent_bytes=self._sent_bytes,
-            seconds={**self._clock.seconds, "total": time.monotonic() - start},
+            seconds={
+                **{name: stage.seconds for name, stage in self._stages.items()},
+                "total": time.monotonic() - start,
+            },
         )
 
     @property
@@ -194,7 +193,7 @@ class Sending:
         bucket = await self._free_bucket(slots)
         pairs = named(weights)
         while True:
-            with self._clock.time("generate"):
+            with self._stages["generate"]:
                 pair = await anext(pairs, None)
             if self._stopped.is_set():
                 raise TransferError("the cycle was given up")
@@ -206,7 +205,7 @@ class Sending:
                 if bucket.num_parts and (is_part or not bucket.fits(length)):
                     self._send(bucket)
                     bucket = await self._free_bucket(slots)
-                with self._clock.time("fill"):
+                with self._stages["fill"]:
                     self._ledger.add(bucket.put(weight, start, length))
                 if is_part:
                     self._send(bucket)
@@ -247,7 +246,7 @@ class Sending:
             watch.wait_ready(bucket.index, timeout_seconds)
             start = time.monotonic()
 
-        with self._clock.time("move"):
+        with self._stages["move"]:
             self._carrier.send(data, wait_ready, timeout_seconds)
         self._sent_bytes += len(data)
         if self._compressor:

@@ -83,7 +83,7 @@ class GroupStore(Store):
     def delete_key(self, key: str) -> bool:
         """Forget a key."""
         with self._lock:
-            return self._keys.delete(self._prefix + key)
+            return bool(self._keys.delete(self._prefix + key))
 
     def close(self) -> None:
         """Disconnect; the group is over, or needs no keys any more. Ends what waits."""

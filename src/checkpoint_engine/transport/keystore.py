@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Protocol
 
 import msgspec
@@ -68,8 +68,8 @@ class KeyStore(Protocol):
         """Set the next of "key/1", "key/2" ..., which "key/length" counts; returns its number."""
         ...
 
-    def delete(self, key: str) -> bool:
-        """Forget a key; returns whether there was one."""
+    def delete(self, *keys: str) -> int:
+        """Forget keys, in one step; returns how many of them there were."""
         ...
 
     def fork(self) -> KeyStore:
@@ -96,6 +96,9 @@ class _Values:
         number = self.add(f"{key}/length", 1)
         self.of[f"{key}/{number}"] = value
         return number
+
+    def delete(self, keys: Iterable[str]) -> int:
+        return sum(self.of.pop(key, None) is not None for key in keys)
 
 
 class LocalKeyStore:
@@ -136,10 +139,10 @@ class LocalKeyStore:
             self._changed.notify_all()
             return number
 
-    def delete(self, key: str) -> bool:
-        """Forget a key."""
+    def delete(self, *keys: str) -> int:
+        """Forget keys."""
         with self._changed:
-            return self._values.of.pop(key, None) is not None
+            return self._values.delete(keys)
 
     def fork(self) -> LocalKeyStore:
         """Itself."""
@@ -151,35 +154,40 @@ class LocalKeyStore:
 
 class _Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     number: int
+
+
+class _OfKey(_Request, frozen=True):
     key: str
 
 
-class Set(_Request, frozen=True):
+class Set(_OfKey, frozen=True):
     """Give a key a value; answered with an empty one."""
 
     value: bytes
 
 
-class Get(_Request, frozen=True):
+class Get(_OfKey, frozen=True):
     """A key's value, as soon as there is one; answered with none if there is none in time."""
 
     milliseconds: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_MILLISECONDS)]
 
 
-class Add(_Request, frozen=True):
+class Add(_OfKey, frozen=True):
     """Add to a counter; answered with its new value, or none if it is no counter."""
 
     amount: int
 
 
-class Append(_Request, frozen=True):
+class Append(_OfKey, frozen=True):
     """Add to a list; answered with the entry's number, or none if its length is no counter."""
 
     value: bytes
 
 
 class Delete(_Request, frozen=True):
-    """Forget a key; answered with an empty value, or none if there was none."""
+    """Forget keys; answered with how many of them there were."""
+
+    keys: tuple[str, ...]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,6 +264,10 @@ class KeyServer:
         except MALFORMED:
             return
         self._waits.pop(client, None)
+        if isinstance(request, Delete):
+            num_deleted = self._values.delete(request.keys)
+            self._answer(client, request.number, str(num_deleted).encode())
+            return
         key, number, value = request.key, request.number, self._values.of.get(request.key)
         if isinstance(request, Get) and value is None and request.milliseconds:
             until = time.monotonic() + request.milliseconds / 1000
@@ -269,8 +281,6 @@ class KeyServer:
             value = self._add(key, request.amount)
         elif isinstance(request, Append):
             value = self._append(key, request.value)
-        elif isinstance(request, Delete):
-            value = None if self._values.of.pop(key, None) is None else b""
         self._answer(client, number, value)
 
     def _add(self, key: str, amount: int) -> bytes | None:
@@ -372,9 +382,12 @@ class KeyClient:
             raise ProtocolError(f"'{key}/length' is no counter")
         return int(number)
 
-    def delete(self, key: str) -> bool:
-        """Forget a key."""
-        return self._ask(Delete(number=self._next(), key=key), ANSWER_SECONDS) is not None
+    def delete(self, *keys: str) -> int:
+        """Forget keys; returns how many there were."""
+        num_deleted = self._ask(Delete(number=self._next(), keys=keys), ANSWER_SECONDS)
+        if num_deleted is None:
+            raise ProtocolError("rank 0 does not say how many keys it has deleted")
+        return int(num_deleted)
 
     def fork(self) -> KeyClient:
         """The same keys over a connection of its own, which must be closed before this one."""

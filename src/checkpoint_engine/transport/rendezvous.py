@@ -207,8 +207,9 @@ class Rendezvous:
 
     def clear(self) -> None:
         """Delete every key that this object and its forks set. Nobody may need them any more."""
-        while self._keys:
-            self.store.delete(self._prefix + self._keys.pop())
+        keys = {self._prefix + self._keys.pop() for _ in range(len(self._keys))}
+        if keys:
+            self.store.delete(*keys)
 
     def _child(self, store: KeyStore, prefix: str, keys: list[str]) -> Rendezvous:
         return Rendezvous(
