@@ -2,8 +2,9 @@
 
 A time alone says more about the machine than about the code, so every row is a ratio: the median
 time of what is measured over the median time of what it is compared with. Both come from the same
-rounds. A round runs every operation once, and every other round in the opposite order, so that
-whatever slows the machine for a while slows both.
+rounds. A round runs every operation once, in an order of its own, so that whatever slows the
+machine for a while slows both, and none always comes after the one that warms its way. Ranks that
+measure together draw the same orders.
 
     samples = run_rounds([copy, update], rounds=15, warmups=4, tell=print)
     row = Ratio("update", ours="update", base="copy", limit=2.3).row(samples, num_bytes)
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -175,17 +177,18 @@ def run_rounds(
     """Run every operation once a round. The garbage collector runs between them, not within.
 
     Args:
-        operations: in the order of even rounds; odd rounds run them backwards.
+        operations: in an order that is drawn for each round, always the same.
         rounds: how many are counted.
         warmups: rounds before those, enough to fault in all memory that is used again.
         tell: called before every round.
     """
     samples: Samples = {}
+    order = Random(0)  # noqa: S311 - no secret
     gc.disable()
     try:
         for number in range(-warmups, rounds):
             tell("measuring", number + warmups, rounds + warmups)
-            for operation in operations[:: -1 if number % 2 else 1]:
+            for operation in order.sample(operations, len(operations)):
                 gc.collect()
                 seconds = operation.run()
                 if number >= 0:

@@ -36,7 +36,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(28, 151936, file_bytes=1_200_000_000, broadcast_bytes=256 << 20),
+    "full": Size(28, 151936, file_bytes=1_200_000_000, broadcast_bytes=1 << 30),
     "small": Size(4, 16384, file_bytes=170_000_000, broadcast_bytes=64 << 20),
 }
 

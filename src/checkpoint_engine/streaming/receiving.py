@@ -131,7 +131,7 @@ class Receiving:
                 if not self._is_over():
                     self._say_failed(error)
                 self._stopped.set()
-                self._listener.join()
+                self._listener.join(CAUSE_SECONDS)
                 raise self._heard() or self._cause(error) from error
             self._taker.start()
             self._checker.start()
@@ -290,7 +290,7 @@ class Receiving:
         if not self._is_over():
             self._say_failed(error)
             self._stopped.set()
-            self._listener.join()
+            self._listener.join(CAUSE_SECONDS)
             self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
 
     def _checked(self, end: End) -> Version:

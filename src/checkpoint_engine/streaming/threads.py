@@ -75,7 +75,7 @@ def ended_by(end: Callable[[], None], *, when: Callable[[], bool]) -> Iterator[N
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(STOP_SECONDS)
 
 
 class Worker:

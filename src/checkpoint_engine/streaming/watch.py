@@ -39,6 +39,7 @@ from checkpoint_engine.transport.responder import Responder
 __all__ = ["Lines", "Presence", "Watch", "named_ranks"]
 
 POLL_SECONDS = 0.05
+STOP_SECONDS = 10.0
 ECHO_SECONDS = 1.0  # who dies makes others fail, and these may be heard first
 MAX_MESSAGE_BYTES = 4096  # a CURVE handshake; nothing is said after it
 
@@ -170,7 +171,7 @@ class Watch:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def _wait(self, missing: Callable[[], list[int]], timeout_seconds: float, what: str) -> None:
         with self._changed:

@@ -48,13 +48,13 @@ class Rendezvous:
         *,
         address: str = LOOPBACK,
         prefix: str = "",
-        keys: list[str] | None = None,
+        keys: set[str] | None = None,
     ) -> None:
         self.rank, self.world_size, self.address = rank, world_size, address
         self.store = store
         self._prefix = prefix
         self._rounds: dict[str, int] = {}
-        self._keys: list[str] = [] if keys is None else keys
+        self._keys: set[str] = set() if keys is None else keys
         self._keeper: Keeper | None = None
 
     @classmethod
@@ -128,7 +128,7 @@ class Rendezvous:
 
     def scope(self, name: str) -> Rendezvous:
         """Keys of their own under `name`, over the same connection."""
-        return self._child(self.store, f"{self._prefix}{name}/", [])
+        return self._child(self.store, f"{self._prefix}{name}/", set())
 
     def subset(self, ranks: Sequence[int]) -> Rendezvous:
         """The keys that these ranks alone share; they are numbered anew, in this order."""
@@ -149,12 +149,12 @@ class Rendezvous:
         return GroupStore(
             self.store.fork(),
             f"{self._prefix}{name}/",
-            lambda key: self._keys.append(f"{name}/{key}"),
+            lambda key: self._keys.add(f"{name}/{key}"),
         )
 
     def put(self, key: str, value: bytes) -> None:
-        """Set a key, once."""
-        self._keys.append(key)
+        """Set a key."""
+        self._keys.add(key)
         self.store.set(self._prefix + key, value)
 
     def get(self, key: str, timeout_seconds: float) -> bytes:
@@ -197,28 +197,28 @@ class Rendezvous:
 
     def add(self, key: str, amount: int) -> int:
         """Add to a counter; returns its new value."""
-        self._keys.append(key)
+        self._keys.add(key)
         return self.store.add(self._prefix + key, amount)
 
     def append(self, key: str, value: bytes) -> None:
         """Add to a list of entries, in one step: nobody sees a number without its entry."""
         number = self.store.append(self._prefix + key, value)
-        self._keys += [f"{key}/length", f"{key}/{number}"]
+        self._keys.update((f"{key}/length", f"{key}/{number}"))
 
     def clear(self) -> None:
         """Delete every key that this object and its forks set. Nobody may need them any more."""
-        keys = {self._prefix + self._keys.pop() for _ in range(len(self._keys))}
+        keys = [self._prefix + self._keys.pop() for _ in range(len(self._keys))]
         if keys:
             self.store.delete(*keys)
 
-    def _child(self, store: KeyStore, prefix: str, keys: list[str]) -> Rendezvous:
+    def _child(self, store: KeyStore, prefix: str, keys: set[str]) -> Rendezvous:
         return Rendezvous(
             store, self.rank, self.world_size, address=self.address, prefix=prefix, keys=keys
         )
 
     def _delete(self, key: str) -> None:
         self.store.delete(self._prefix + key)
-        self._keys.remove(key)
+        self._keys.discard(key)
 
 
 class Log:
