@@ -182,7 +182,7 @@ class _Work:
     """What the trainer process does, each until it is told to stop."""
 
     def __init__(self, job: _Job) -> None:
-        size = Size(job.num_layers, job.vocab_size, file_bytes=0, broadcast_bytes=0)
+        size = Size(job.num_layers, job.vocab_size, file_bytes=0, broadcast_bytes=0, peer_bytes=0)
         self._model = make_model(size, seed=0)
         self._server = ParameterServer(rank=0, world_size=1)
         self._store = Store()

@@ -163,11 +163,11 @@ def _groups() -> list[tuple[tuple[Ratio, ...], Measure]]:
         (BROADCASTS, _of_no_model(measure_broadcast, BROADCAST_WARMUPS)),
         (STREAMS, _of_no_model(measure_streams, BROADCAST_WARMUPS)),
         (RAY, _of_no_model(measure_ray, BROADCAST_WARMUPS)),
-        (PEERS, _of_no_model(measure_peers, PEER_WARMUPS)),
+        (PEERS, _of_no_model(measure_peers, PEER_WARMUPS, from_peers=True)),
         *(
             (
                 _library_ratios(library),
-                _of_no_model(partial(measure_library, library), PEER_WARMUPS),
+                _of_no_model(partial(measure_library, library), PEER_WARMUPS, from_peers=True),
             )
             for library in LIBRARIES
         ),
@@ -206,11 +206,13 @@ def _measure_updates(
             return samples, updates.num_bytes
 
 
-def _of_no_model(measure: Callable[..., Samples], warmups: int) -> Measure:
-    """What moves the bytes of a broadcast."""
+def _of_no_model(
+    measure: Callable[..., Samples], warmups: int, *, from_peers: bool = False
+) -> Measure:
+    """What moves bytes of no model."""
 
     def run(size: Size, rounds: int, ratios: Collection[Ratio], tell: Tell) -> tuple[Samples, int]:
-        num_bytes = size.broadcast_bytes
+        num_bytes = size.peer_bytes if from_peers else size.broadcast_bytes
         return measure(num_bytes, rounds=rounds, warmups=warmups, tell=tell), num_bytes
 
     return run

@@ -26,18 +26,22 @@ class Size:
     Attributes:
         num_layers, vocab_size: of the model; everything else is Qwen3-0.6B's.
         file_bytes: at least the size of its file.
-        broadcast_bytes: what is broadcast, of no model.
+        broadcast_bytes: what is broadcast and streamed, of no model.
+        peer_bytes: what is read from peers, of which each source has all.
     """
 
     num_layers: int
     vocab_size: int
     file_bytes: int
     broadcast_bytes: int
+    peer_bytes: int
 
 
 SIZES = {
-    "full": Size(28, 151936, file_bytes=1_200_000_000, broadcast_bytes=1 << 30),
-    "small": Size(4, 16384, file_bytes=170_000_000, broadcast_bytes=64 << 20),
+    "full": Size(
+        28, 151936, file_bytes=1_200_000_000, broadcast_bytes=1 << 30, peer_bytes=256 << 20
+    ),
+    "small": Size(4, 16384, file_bytes=170_000_000, broadcast_bytes=64 << 20, peer_bytes=64 << 20),
 }
 
 
