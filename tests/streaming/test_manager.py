@@ -25,7 +25,12 @@ from sync_models import with_adapter as peft_model
 
 from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
 from checkpoint_engine.adapters.callback import CallbackAdapter
-from checkpoint_engine.errors import AdapterError, DeadlineExceeded, UsageError
+from checkpoint_engine.errors import (
+    AdapterError,
+    DeadlineExceeded,
+    UsageError,
+    VerificationError,
+)
 from checkpoint_engine.sources import TensorSource, adapter_config, adapter_weights
 from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.store import digest_in_place
@@ -413,6 +418,33 @@ def test_nobody_waits_for_the_vote_of_a_sampler_that_failed_before_it(
         assert as_text(sampler.model.state_dict()) == served
     assert manager.sync_weights(label="step-3").outcome == "published"
     assert as_text(bad.model.state_dict()) == as_text(trainer.model.state_dict()) != served
+
+
+def test_a_sampler_that_does_not_hold_what_arrived_says_that_nothing_was_changed(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[UpdateFailed] = []
+
+    class Listening(Sampler):
+        def receive_weights(self) -> Report:
+            try:
+                return super().receive_weights()
+            except UpdateFailed as error:
+                heard.append(error)
+                raise
+
+    def fail(*_: Any) -> None:
+        raise VerificationError("memory has changed it")
+
+    trainer, sampler = Trainer(llama(1)), Listening(llama(2))
+    served = as_text(sampler.model.state_dict())
+    manager = manage(trainer, [sampler])
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_side.SamplerSide, "_take", fail)
+        with pytest.raises(UpdateFailed, match="memory has changed it"):
+            manager.sync_weights(label="step-1")
+    assert str(heard[0]) == "nothing was changed: memory has changed it"
+    assert as_text(sampler.model.state_dict()) == served
 
 
 def test_other_processes_of_a_trainer_hear_of_any_error(

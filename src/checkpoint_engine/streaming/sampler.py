@@ -124,6 +124,8 @@ class SamplerSide:
         except BaseException as error:
             with contextlib.suppress(PeerLost, DeadlineExceeded):
                 withdraw(keys, error)
+            if isinstance(error, CheckpointEngineError):  # before anything was offered
+                raise UpdateFailed(f"nothing was changed: {error}") from error
             raise
         try:
             with with_sender():
