@@ -116,7 +116,7 @@ class ParameterServer:
         files: Sequence[str | os.PathLike[str]] | None = None,
         named_tensors: Mapping[str, Any] | None = None,
         use_shared_memory_pool: bool = False,
-        use_inplace_pin_memory: bool = True,
+        use_inplace_pin_memory: bool = False,
         mode: str = "auto",
     ) -> None:
         """Copy this rank's shard of a checkpoint into host memory, and digest it.
@@ -130,8 +130,9 @@ class ParameterServer:
             named_tensors: on any device; of those sharded over ranks, this one keeps a share.
             use_shared_memory_pool: keep the memory for the next such checkpoint, faulted in, and
                 let go of all but the last two by itself. For a trainer's loop.
-            use_inplace_pin_memory: accepted for compatibility. No file is pinned in place or
-                deleted: one in /dev/shm cannot be sealed, and truncating it would kill engines.
+            use_inplace_pin_memory: take over files in /dev/shm, which need no second copy then and
+                are gone when this returns. They must be this user's, and open nowhere else. Their
+                bytes move to memory that is sealed, and that workers pin.
             mode: "staged" copies; "streamed" has engines read files while requests wait; "auto"
                 streams what does not fit in memory, if it is in files.
 
@@ -140,7 +141,7 @@ class ParameterServer:
             SourceError: a file or tensor is not what it claims; nothing remains registered.
             StoreError: the name is taken, or memory does not suffice.
         """
-        source = JoinedSource(files or (), named_tensors or {})
+        source = JoinedSource(files or (), named_tensors or {}, take=use_inplace_pin_memory)
         pooled = use_shared_memory_pool
         self.register_source(checkpoint_name, source, pooled=pooled, mode=mode)
 

@@ -68,7 +68,7 @@ class Segment:
         pooled: whether it is kept for the next version when nothing leases it.
     """
 
-    def __init__(self, num_bytes: int, *, pooled: bool) -> None:
+    def __init__(self, num_bytes: int, *, pooled: bool, faulted_in: bool = True) -> None:
         self.capacity_bytes = max(PAGE_BYTES, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
         self.pooled = pooled
         self.name = secrets.token_hex(8)
@@ -84,7 +84,8 @@ class Segment:
         try:
             os.ftruncate(self.descriptor, self.capacity_bytes)
             self._map = mmap.mmap(self.descriptor, self.capacity_bytes)
-            _fault_in(self._map)
+            if faulted_in:
+                _fault_in(self._map)
             seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
             fcntl.fcntl(self.descriptor, F_ADD_SEALS, seals)
         except OSError as error:
@@ -247,7 +248,8 @@ class Store:
             if pooled:
                 self._retire(keep=self._retain - 1)
             num_bytes = max((tensor.end for tensor in tensors), default=0)
-            segment = self.allocate(num_bytes, pooled=pooled)
+            freed_bytes = source.files.freed_bytes if source.files else 0
+            segment = self.allocate(num_bytes, pooled=pooled, freed_bytes=freed_bytes)
             try:
                 if source.on_gpu:
                     segment.pin()
@@ -264,8 +266,13 @@ class Store:
             with self._lock:
                 self._coming.discard(label)
 
-    def allocate(self, num_bytes: int, *, pooled: bool) -> Segment:
+    def allocate(self, num_bytes: int, *, pooled: bool, freed_bytes: int = 0) -> Segment:
         """A segment of at least `num_bytes`, leased once to the caller; its bytes are arbitrary.
+
+        Args:
+            num_bytes: to be written.
+            pooled: whether idle memory serves, and this memory later.
+            freed_bytes: of the host's memory that are free once this is written; pages come then.
 
         Raises:
             StoreError: memory or budget does not suffice.
@@ -273,8 +280,8 @@ class Store:
         with self._lock:
             segment = self._idle_segment(num_bytes) if pooled else None
             if segment is None:
-                self._check_budget(align(num_bytes))
-                segment = Segment(num_bytes, pooled=pooled)
+                self._check_budget(align(num_bytes), freed_bytes)
+                segment = Segment(num_bytes, pooled=pooled, faulted_in=not freed_bytes)
                 segment._on_idle = self._idle
                 self._segments.append(segment)
             segment.acquire()
@@ -382,14 +389,14 @@ class Store:
             if segment.free():
                 self._segments.remove(segment)
 
-    def _check_budget(self, num_bytes: int) -> None:
+    def _check_budget(self, num_bytes: int, freed_bytes: int) -> None:
         used, budget = self.allocated_bytes, self._budget_bytes
         if budget is not None and used + num_bytes > budget:
             raise StoreError(
                 f"a version of {num_bytes} bytes exceeds the store's budget: {used} of {budget} "
                 "bytes are in use; unregister versions or raise the budget"
             )
-        available = available_bytes()
+        available = available_bytes() + freed_bytes
         if num_bytes > available:
             raise StoreError(
                 f"a version of {num_bytes} bytes does not fit in the {available} bytes of memory "

@@ -57,7 +57,7 @@ ANY = object()
                 "files": None,
                 "named_tensors": None,
                 "use_shared_memory_pool": False,
-                "use_inplace_pin_memory": True,
+                "use_inplace_pin_memory": False,  # MoonshotAI's removes files by default
                 "mode": "auto",
             },
         ),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from ps_tools import EngineProcess, digests, register, version
+from safetensors.torch import save_file
 
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
@@ -102,6 +104,27 @@ def test_pooled_memory_is_used_again_and_never_under_a_replica(
             server.update(f"step-{later}", [good.request(), bad.request(behaviour="raise")])
         assert [engine.weights for engine in engines] == [digests(version(seed))] * 2
         wait_until(lambda: num_maps(os.getpid()) <= here + 4, "segments used again")
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_files_in_memory_become_the_stores(
+    server: ParameterServer, engines: Engines, pooled: bool
+) -> None:
+    engine = engines[0]
+    with TemporaryDirectory(prefix="ckpt-engine-test-", dir="/dev/shm") as folder:
+        for seed in (1, 2, 3):
+            file = Path(folder, "model.safetensors")
+            save_file(version(seed), file)
+            server.register_checkpoint(
+                f"step-{seed}",
+                files=[file],
+                use_inplace_pin_memory=True,
+                use_shared_memory_pool=pooled,
+            )
+            assert os.listdir(folder) == []
+            server.gather_metas(f"step-{seed}")
+            server.update(f"step-{seed}", engine.request())
+            assert engine.weights == digests(version(seed))
 
 
 def test_many_updates_leave_nothing_behind(server: ParameterServer, engines: Engines) -> None:

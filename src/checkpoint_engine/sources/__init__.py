@@ -75,19 +75,22 @@ __getattr__ = names_from(__name__, _HOMES)
 class JoinedSource:
     """Files and named tensors as one source; the tensors are read under their own names.
 
-    Of tensors that are sharded over ranks, this one keeps a share: see `GatheredSource`.
+    Of tensors that are sharded over ranks, this one keeps a share: see `GatheredSource`. With
+    `take`, files in /dev/shm are taken over: see `sources.taken`.
     """
 
     def __init__(
         self,
         files: Sequence[str | os.PathLike[str]],
         named_tensors: Mapping[str, torch.Tensor],
+        *,
+        take: bool = False,
     ) -> None:
         sharded = {name: one for name, one in named_tensors.items() if _is_sharded(one)}
         plain = {name: one for name, one in named_tensors.items() if name not in sharded}
         self._tensors, self._sharded = TensorSource(plain), _gathered(sharded)
         self._named, self._gathered = frozenset(plain), frozenset(sharded)
-        self._files = SafetensorsSource(files)
+        self._files = SafetensorsSource(files, take=take)
 
     @property
     def files(self) -> TensorFiles | None:

@@ -57,9 +57,11 @@ class TensorFiles:
 
     Attributes:
         opened: each file with its descriptor, valid until closed.
+        freed_bytes: memory that is free again once all has been read.
     """
 
     way_back = "source"
+    freed_bytes = 0
     piece_bytes = PIECE_BYTES
 
     def __init__(self, files: Sequence[OpenFile], descriptors: list[int]) -> None:

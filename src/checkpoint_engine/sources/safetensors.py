@@ -24,6 +24,7 @@ from checkpoint_engine.dtypes import num_bytes
 from checkpoint_engine.errors import MALFORMED, SourceError, UsageError
 from checkpoint_engine.plan.layout import TensorSpec, place
 from checkpoint_engine.sources.files import OpenFile, TensorFiles, close_all
+from checkpoint_engine.sources.taken import TakenFiles, is_in_memory, open_to_take
 
 __all__ = ["SafetensorsSource", "safetensors_files"]
 
@@ -51,13 +52,18 @@ class SafetensorsSource:
         files: the files.
         within: real paths of the folders that the files must lie in, wherever links lead;
             default anywhere.
+        take: take over those in /dev/shm; see `sources.taken`.
 
     Raises:
         SourceError: a file is unreadable, truncated, garbled or lying, or two hold one name.
     """
 
     def __init__(
-        self, files: Sequence[str | os.PathLike[str]], *, within: Sequence[Path] | None = None
+        self,
+        files: Sequence[str | os.PathLike[str]],
+        *,
+        within: Sequence[Path] | None = None,
+        take: bool = False,
     ) -> None:
         self._specs: list[TensorSpec] = []
         self._paths: dict[str, Path] = {}
@@ -66,12 +72,15 @@ class SafetensorsSource:
         try:
             for path in map(Path, files):
                 descriptors.append(_open_file(path, within))
+                if take and is_in_memory(descriptors[-1]):
+                    descriptors[-1] = open_to_take(descriptors[-1])
                 positions = self._add(path, descriptors[-1])
                 opened.append(OpenFile.of(str(path), descriptors[-1], positions))
         except BaseException:
             close_all(descriptors)
             raise
-        self._files = TensorFiles(opened, descriptors)
+        taken = take and any(map(is_in_memory, descriptors))
+        self._files = (TakenFiles if taken else TensorFiles)(opened, descriptors)
 
     @property
     def files(self) -> TensorFiles:

@@ -146,11 +146,12 @@ def _choose(
 ) -> tuple[TensorFiles | None, str]:
     """The files to stream from, and why; None to stage."""
     _check_mode(mode)
-    files = source.files
+    files = None if source.files and source.files.freed_bytes else source.files
     if mode == "streamed":
         if files is None:
             raise UsageError(
-                "only files can be streamed, not tensors in memory: save them first, or stage them"
+                "only files can be streamed, not tensors in memory, nor files that are taken over: "
+                "save them first, leave the files where they are, or stage them"
             )
         return files, AS_ASKED
     if mode == "staged" or files is None:
