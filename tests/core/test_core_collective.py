@@ -132,6 +132,38 @@ def test_a_member_that_dies_fails_the_broadcast_and_a_new_group_works(
     check_both_ways(collective, member, 1000)
 
 
+def test_several_are_under_way_at_once(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    sizes = (5 * MIB, 1000, MIB)
+    sent = [content(num_bytes) for num_bytes in sizes]
+    landed = [collective.begin(memoryview(one), 0, TIMEOUT_SECONDS) for one in sent]
+    for num_bytes, one in zip(sizes, sent, strict=True):
+        member.tell(f"receive {num_bytes}")
+        assert member.answer() == hashlib.sha256(one).hexdigest()
+    for wait in landed:
+        wait()
+    check_both_ways(collective, member, 300)
+
+
+def test_who_abandons_what_is_under_way_does_not_wait_for_it(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    forgotten = collective.begin(memoryview(bytearray(1000)), 1, TIMEOUT_SECONDS)
+    waiting = Background(forgotten)
+    del forgotten
+    left = Background(collective.abandon)
+    assert left.is_done(within_seconds=TIMEOUT_SECONDS / 3), "and so can everybody else go on"
+    assert not waiting.is_done(within_seconds=0)
+    member.tell("die")
+    with pytest.raises(TransferError, match="broadcast from host 1"):
+        waiting.result()
+
+
 def test_who_abandons_wakes_the_others(
     collective: Collective, start_member: Callable[[], Member]
 ) -> None:

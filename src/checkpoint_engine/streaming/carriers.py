@@ -5,8 +5,9 @@ same for all carriers, and done by `sending` and `receiving`.
 
     way = carrier.plan("stream-3", kept=[...], rebuild=False)       # the sender, told to all
     carrier.join(way, timeout_seconds)
-    carrier.send(bucket, data, wait_ready, timeout_seconds)         # the sender
-    carrier.receive(bucket, data, timeout_seconds)                  # receivers
+    landed = carrier.send(data, wait_ready, timeout_seconds)        # the sender
+    landed = carrier.receive(index, data, timeout_seconds)          # receivers
+    landed()
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.transport.sockets import own_host
 
-__all__ = ["NUM_SLOTS", "Carrier", "CollectiveCarrier", "RingCarrier", "Slots"]
+__all__ = ["NUM_SLOTS", "Carrier", "CollectiveCarrier", "Landed", "RingCarrier", "Slots"]
 
-NUM_SLOTS = 3  # one is filled, one moves, one is used
+NUM_SLOTS = 4  # one is filled, two move, for the link idles from one's end on, and one is used
+
+Landed = Callable[[], None]  # waits until bytes have moved; raises TransferError if they do not
 
 
 class Slots:
@@ -82,12 +85,15 @@ class Carrier(ABC):
     @abstractmethod
     def send(
         self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
-    ) -> None:
-        """Returns when the receivers have the bytes, and their memory may be filled anew."""
+    ) -> Landed:
+        """Begin to. Once they have landed, the receivers have the bytes; `data` may be filled anew.
+
+        The next bucket may be begun before that.
+        """
 
     @abstractmethod
-    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
-        """Fill `data` with the next bucket's bytes, which is the one of this index."""
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> Landed:
+        """Begin to fill `data` with the next bucket's bytes, which is the one of this index."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -137,26 +143,32 @@ class CollectiveCarrier(Carrier):
 
     def send(
         self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
-    ) -> None:
+    ) -> Landed:
         """Broadcast, once everybody has memory."""
         wait_ready()
-        self._broadcast(data, timeout_seconds)
+        return self._broadcast(data, timeout_seconds)
 
-    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> Landed:
         """Take part in a broadcast."""
-        self._broadcast(data, timeout_seconds)
+        return self._broadcast(data, timeout_seconds)
 
     def abandon(self) -> None:
         """Close the group."""
         self.kept = ""
         self._collective.abandon()
 
-    def _broadcast(self, data: torch.Tensor, timeout_seconds: float) -> None:
+    def _broadcast(self, data: torch.Tensor, timeout_seconds: float) -> Landed:
         if self._is_alone or not len(data):
-            return
-        self._collective.broadcast(data, 0, timeout_seconds)
-        if not data.is_cpu:  # digests and copies of other streams come after it, too
+            return _have_landed
+        landed = self._collective.begin(data, 0, timeout_seconds)
+        if data.is_cpu:
+            return landed
+
+        def have_landed() -> None:
+            landed()  # digests and copies of other streams come after it, too
             torch.accelerator.current_stream(data.device).synchronize()
+
+        return have_landed
 
 
 class RingCarrier(Carrier):
@@ -195,13 +207,19 @@ class RingCarrier(Carrier):
 
     def send(
         self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
-    ) -> None:
+    ) -> Landed:
         """It is where it belongs already."""
         wait_ready()
+        return _have_landed
 
-    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> Landed:
         """Copy it out."""
         data.copy_(self.slot(index, len(data)))
+        return _have_landed
 
     def abandon(self) -> None:
         """Nothing is broken: what is in the ring is checked by whoever reads it."""
+
+
+def _have_landed() -> None:
+    """They are there."""

@@ -26,7 +26,7 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import align
-from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier, RingCarrier
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Carrier, Landed, RingCarrier
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
@@ -121,15 +121,17 @@ class _CudaMemory(RingCarrier):
 
     def send(
         self, data: torch.Tensor, wait_ready: Callable[[], None], timeout_seconds: float
-    ) -> None:
+    ) -> Landed:
         """It is where it belongs already."""
-        super().send(data, wait_ready, timeout_seconds)
+        landed = super().send(data, wait_ready, timeout_seconds)
         del self._rings[:-1]  # everybody has joined, and so closed the rings of before
+        return landed
 
-    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> None:
+    def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> Landed:
         """Copy it out."""
-        super().receive(index, data, timeout_seconds)
+        landed = super().receive(index, data, timeout_seconds)
         torch.cuda.current_stream(data.device).synchronize()
+        return landed
 
     def close(self) -> None:
         """Close a ring that was opened; the sender's are freed when everybody has left."""

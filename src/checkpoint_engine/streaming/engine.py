@@ -48,7 +48,7 @@ class StreamingEngine(CheckpointEngine):
 
     Args:
         bucket_size: bytes of a bucket, at least 4 MiB; the smallest of all processes counts. The
-            sender has three, and each receiver, which needs room for the largest tensor besides if
+            sender has four, and each receiver, which needs room for the largest tensor besides if
             that is larger.
         timeout: seconds of the longest wait for another process: to come, to send or take a bucket.
         compression: "none", or "zstd" where it pays.

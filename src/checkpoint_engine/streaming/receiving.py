@@ -1,10 +1,10 @@
 """A receiver's side of one cycle: find memory ∥ move ∥ check ∥ use.
 
 One thread hears what the sender says, finds memory for each bucket that it announces, and so gives
-it credit; one takes the bytes; one checks them while the next come, for which the sender would else
-wait; the consumer uses them where they lie, and gives the memory back when it asks for more. So a
-consumer that is slow stops the sender, and a sender that dies or gives up is noticed whatever the
-consumer does.
+it credit; one begins to take the bytes; one checks them once they have landed, while the next come,
+for which the sender would else wait; the consumer uses them where they lie, and gives the memory
+back when it asks for more. So a consumer that is slow stops the sender, and a sender that dies or
+gives up is noticed whatever the consumer does.
 
 The cycle ends when the sender says that every receiver has taken all.
 
@@ -23,7 +23,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -39,6 +39,7 @@ from checkpoint_engine.errors import (
     VerificationError,
 )
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.streaming.carriers import Landed
 from checkpoint_engine.streaming.compression import unpack
 from checkpoint_engine.streaming.link import Link
 from checkpoint_engine.streaming.messages import (
@@ -65,6 +66,8 @@ from checkpoint_engine.transport.sockets import own_host
 
 __all__ = ["Arrived", "Receiving"]
 
+Item = TypeVar("Item")
+
 POLL_SECONDS = 0.05
 CAUSE_SECONDS = 3.0  # for the sender to say why the way broke
 
@@ -77,10 +80,11 @@ class Arrived(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """A bucket, and the memory that was found for it."""
+    """A bucket, the memory that was found for it, and what waits until its bytes are there."""
 
     bucket: Bucket
     place: Place
+    landed: Landed
 
 
 class Receiving:
@@ -94,7 +98,7 @@ class Receiving:
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
         self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
-        self._coming: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
         self._taker = self._worker("ckpt-arrive", self._coming, self._take)
         self._checker = self._worker("ckpt-check", self._landed, self._check)
@@ -228,15 +232,12 @@ class Receiving:
             return
         if self._link.carrier.early:
             self._say_ready(bucket)
-        self._coming.put(_Placed(bucket, place))
+        self._coming.put((bucket, place))
 
     # ── the threads that take bytes and check them ──────────────────────────────────────────
 
     def _worker(
-        self,
-        name: str,
-        source: queue.SimpleQueue[_Placed | End],
-        work: Callable[[_Placed | End], None],
+        self, name: str, source: queue.SimpleQueue[Item | End], work: Callable[[Item | End], None]
     ) -> threading.Thread:
         """Does something with each bucket, and with the end, after which it ends."""
 
@@ -251,31 +252,41 @@ class Receiving:
 
         return threading.Thread(target=run, name=name, daemon=True)
 
-    def _awaited(self, source: queue.SimpleQueue[_Placed | End]) -> _Placed | End | None:
+    def _awaited(self, source: queue.SimpleQueue[Item | End]) -> Item | End | None:
         """What comes next; None if it no longer matters."""
         while not self._is_over():
             with contextlib.suppress(queue.Empty):
                 return source.get(timeout=POLL_SECONDS)
         return None
 
-    def _take(self, item: _Placed | End) -> None:
-        if isinstance(item, _Placed):
-            bucket, data, carrier = item.bucket, item.place.data, self._link.carrier
-            if bucket.packed:
-                packed = data.new_empty(bucket.packed)
-                carrier.receive(bucket.index, packed, self._timeout_seconds)
-                unpack(packed, into=data)
-            else:
-                carrier.receive(bucket.index, data, self._timeout_seconds)
-            if not carrier.early:
-                self._say_ready(bucket)
-        self._landed.put(item)
+    def _take(self, item: tuple[Bucket, Place] | End) -> None:
+        if isinstance(item, End):
+            self._landed.put(item)
+            return
+        bucket, place = item
+        self._landed.put(_Placed(bucket, place, self._begin(bucket, place.data)))
+        if not self._link.carrier.early:
+            self._say_ready(bucket)
+
+    def _begin(self, bucket: Bucket, data: torch.Tensor) -> Landed:
+        receive = self._link.carrier.receive
+        if not bucket.packed:
+            return receive(bucket.index, data, self._timeout_seconds)
+        packed = data.new_empty(bucket.packed)
+        landed = receive(bucket.index, packed, self._timeout_seconds)
+
+        def unpacked() -> None:
+            landed()
+            unpack(packed, into=data)
+
+        return unpacked
 
     def _check(self, item: _Placed | End) -> None:
         if isinstance(item, End):
             self._arrived.put(self._checked(item))
             return
-        bucket, place = item
+        bucket, place, landed = item
+        landed()
         check_arrived(bucket, place.data)
         for part in bucket.parts:
             self._ledger.add(part)

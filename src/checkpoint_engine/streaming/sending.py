@@ -1,9 +1,9 @@
-"""The sender's side of one cycle: fill ∥ announce ∥ move, over a ring of buckets.
+"""The sender's side of one cycle: fill ∥ announce ∥ move ∥ land, over a ring of buckets.
 
 Tensors are asked for, copied and digested on the event loop, one at a time, so a generator may use
 a tensor's memory again as soon as it is asked for the next. What waits for others has threads. A
 bucket is announced as soon as it is full, so receivers find memory for it while those before it are
-still on their way; it moves when all of them have.
+still on their way; it moves when all of them have, whether or not the one before has landed.
 
 Whatever fails here ends the cycle for everybody, with the reason; the next begins anew.
 
@@ -19,6 +19,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -31,7 +32,7 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.streaming.base import StreamReport, Weights
-from checkpoint_engine.streaming.carriers import NUM_SLOTS
+from checkpoint_engine.streaming.carriers import NUM_SLOTS, Landed
 from checkpoint_engine.streaming.compression import Compressor
 from checkpoint_engine.streaming.link import Cycle, Link
 from checkpoint_engine.streaming.messages import (
@@ -68,6 +69,14 @@ class _Stage:
         self.seconds += time.monotonic() - self._start
 
 
+class _Moving(NamedTuple):
+    """Bytes of a bucket on their way since then."""
+
+    num_bytes: int
+    begun_at: float
+    landed: Landed
+
+
 class Sending:
     """One version on its way.
 
@@ -87,11 +96,13 @@ class Sending:
         self._voice: Voice | None = None
         self._watch: Watch | None = None
         self._announcer, self._mover = Worker("ckpt-announce"), Worker("ckpt-move")
+        self._lander = Worker("ckpt-land")
         self._moves: deque[Future[None]] = deque()
         self._compressor = Compressor() if self._settings.compression == "zstd" else None
         self._stages = {name: _Stage() for name in ("meet", "generate", "fill", "move")}
         self._ledger = Ledger()
         self._num_buckets = self._sent_bytes = 0
+        self._landed_at = 0.0
 
     async def run(self, weights: Weights, label: str) -> StreamReport:
         """Send it.
@@ -121,6 +132,7 @@ class Sending:
         finally:
             self._announcer.close()
             self._mover.close()
+            self._lander.close()
         return StreamReport(
             label=label,
             digest=digest,
@@ -226,7 +238,8 @@ class Sending:
         self._num_buckets += 1
         data = full.memory[: bucket.length]
         announced = self._announcer.submit(lambda: self._announce(bucket, data))
-        self._moves.append(self._mover.submit(lambda: self._move(bucket, announced.result())))
+        moving = self._mover.submit(lambda: self._move(bucket, announced.result()))
+        self._moves.append(self._lander.submit(lambda: self._land(moving)))
 
     def _announce(self, bucket: Bucket, data: torch.Tensor) -> torch.Tensor:
         assert self._voice is not None, "a cycle begins with the meeting"
@@ -236,21 +249,22 @@ class Sending:
         self._voice.say(bucket)
         return packed
 
-    def _move(self, bucket: Bucket, data: torch.Tensor) -> None:
+    def _move(self, bucket: Bucket, data: torch.Tensor) -> _Moving:
         watch, timeout_seconds = self._watch, self._settings.timeout_seconds
         assert watch is not None, "a cycle begins with the meeting"
-        start = time.monotonic()
+        landed = self._carrier.send(
+            data, lambda: watch.wait_ready(bucket.index, timeout_seconds), timeout_seconds
+        )
+        return _Moving(len(data), time.monotonic(), landed)
 
-        def wait_ready() -> None:
-            nonlocal start
-            watch.wait_ready(bucket.index, timeout_seconds)
-            start = time.monotonic()
-
+    def _land(self, begun: Future[_Moving]) -> None:
         with self._stages["move"]:
-            self._carrier.send(data, wait_ready, timeout_seconds)
-        self._sent_bytes += len(data)
+            moving = begun.result()
+            moving.landed()
+        self._sent_bytes += moving.num_bytes
+        start, self._landed_at = max(moving.begun_at, self._landed_at), time.monotonic()
         if self._compressor:
-            self._compressor.moved(len(data), time.monotonic() - start)
+            self._compressor.moved(moving.num_bytes, self._landed_at - start)
 
     def _finish(self, label: str, digest: str) -> None:
         assert self._voice is not None, "a cycle begins with the meeting"

@@ -42,7 +42,7 @@ class _Way(msgspec.Struct, frozen=True):
 class SharedMemoryCheckpointEngine(StreamingEngine):
     """Between processes of one host and user.
 
-    The ring is allocated at once, three buckets large, however small the model.
+    The ring is allocated at once, four buckets large, however small the model.
     """
 
     name = "shm"

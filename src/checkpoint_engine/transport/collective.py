@@ -7,15 +7,18 @@ once, and the next broadcast meets under a new name. Gloo listens at this host's
 
     collective = Collective(rendezvous, index=0, size=2)
     collective.connect("update-17", timeout_seconds=60)
-    collective.broadcast(memory[a:b], root=0)
+    collective.broadcast(memory[a:b], root=0, timeout_seconds=60)
+    landed = collective.begin(memory[b:c], root=0, timeout_seconds=60)      # the next may begin
+    landed()
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -53,6 +56,7 @@ class Collective:
         self._rendezvous, self.index, self.size = rendezvous, index, size
         self._make = BACKENDS[backend]
         self._group: Any = None
+        self._under_way: list[Any] = []
         self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
@@ -86,6 +90,19 @@ class Collective:
         Raises:
             TransferError: a member died, or the deadline passed; the group must be abandoned.
         """
+        self.begin(memory, root, timeout_seconds)()
+
+    def begin(
+        self, memory: memoryview | torch.Tensor, root: int, timeout_seconds: float
+    ) -> Callable[[], None]:
+        """Begin a `broadcast`, and return what waits for its end, which need not be called.
+
+        Several may be under way, begun in the same order by all members. Of one group, one thread
+        begins them.
+
+        Raises:
+            TransferError: as `broadcast`; what is returned raises it, too.
+        """
         group = self._group
         if group is None:
             raise TransferError("the group was abandoned meanwhile")
@@ -94,19 +111,26 @@ class Collective:
         options.timeout = timedelta(seconds=timeout_seconds)
         if isinstance(memory, memoryview):
             memory = torch.frombuffer(memory, dtype=torch.uint8)
-        try:
+        with _failing(root):
             work = group.broadcast([memory], options)
-            if not memory.is_cpu:
-                self._wait_queued(work, timeout_seconds)
-            work.wait(options.timeout)
-        except RuntimeError as error:
-            raise TransferError(f"broadcast from host {root}: {_first_line(error)}") from error
+        self._under_way = [*_unfinished(self._under_way), work]
+        if self._group is not group:
+            _end(group, [work])  # which has not heard of it
+
+        def landed() -> None:
+            with _failing(root):
+                if not memory.is_cpu:
+                    self._wait_queued(work, timeout_seconds)
+                work.wait(options.timeout)
+
+        return landed
 
     def abandon(self) -> None:
         """Close the group; members that wait in it fail at once."""
         group, self._group = self._group, None
-        if group is not None and not isinstance(group, ProcessGroupGloo):
-            group.abort()  # or what is queued on the device waits there for the others, for ever
+        under_way, self._under_way = self._under_way, []
+        if group is not None:
+            _end(group, under_way)
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -164,6 +188,35 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _failing(root: int) -> Iterator[None]:
+    """As an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransferError(f"broadcast from host {root}: {_first_line(error)}") from error
+
+
+def _unfinished(works: Sequence[Any]) -> list[Any]:
+    return [work for work in works if not work.is_completed()]
+
+
+def _end(group: Any, begun: Sequence[Any]) -> None:
+    """Let go of a group, whatever it has begun."""
+    if not isinstance(group, ProcessGroupGloo):
+        group.abort()  # or what is queued on the device waits there for the others, for ever
+    elif _unfinished(begun):
+        # The last who lets go of it waits for them, and holds the interpreter's lock meanwhile.
+        threading.Thread(target=_outlive, args=(begun, group), daemon=True).start()
+
+
+def _outlive(begun: Sequence[Any], group: Any) -> None:
+    """Keep a group until what it has begun has ended, by its deadline at the latest."""
+    for work in begun:
+        with suppress(RuntimeError):
+            work.wait()
 
 
 def _first_line(error: BaseException) -> str:
