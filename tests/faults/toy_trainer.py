@@ -131,7 +131,7 @@ class Trainer:
         Registry.publish = before(Registry.publish, lambda: faults.strike("deciding"))
         Registry.publish = after(Registry.publish, lambda: faults.strike("decided"))
         Registry.finish = after(Registry.finish, lambda: faults.strike("finished"))
-        Collective.broadcast = before(Collective.broadcast, lambda: faults.strike("moving"))
+        Collective.begin = before(Collective.begin, lambda: faults.strike("moving"))
         zeromq._receive = after(zeromq._receive, lambda: faults.strike("reading"))
         peers.LEASE_SECONDS, peers.RENEW_SECONDS = LEASE_SECONDS, RENEW_SECONDS
         points = {"Proceedapply": "applying", "Proceedpublish": "telling"}

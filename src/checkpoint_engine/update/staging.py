@@ -9,7 +9,7 @@ memory is told from a bad link.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from checkpoint_engine.codec.digest import check_bucket
@@ -109,13 +109,16 @@ def _haul(
     timeline: Timeline,
     timeout_seconds: float,
 ) -> None:
+    landed: dict[int, Callable[[], None]] = {}
+
     def fill(bucket: Bucket, slot: int) -> None:
-        if hauls[bucket.index].root == collective.index:
-            check_bucket(bucket, hauls[bucket.index].memory, "in the sender's memory")
+        haul = hauls[bucket.index]
+        if haul.root == collective.index:
+            check_bucket(bucket, haul.memory, "in the sender's memory")
+        landed[slot] = collective.begin(haul.memory, haul.root, timeout_seconds)
 
     def move(bucket: Bucket, slot: int) -> None:
-        haul = hauls[bucket.index]
-        collective.broadcast(haul.memory, haul.root, timeout_seconds)
+        landed.pop(slot)()
 
     def arrive(bucket: Bucket, slot: int) -> None:
         if hauls[bucket.index].root != collective.index:
