@@ -15,9 +15,13 @@ from collective_member import content
 from core_tools import MIB, TIMEOUT_SECONDS, Background
 
 from checkpoint_engine.errors import TransferError
+from checkpoint_engine.manifest import Chunk
+from checkpoint_engine.plan.buckets import Bucket
+from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
+from checkpoint_engine.update import staging
 
 MEMBER = Path(__file__).with_name("collective_member.py")
 
@@ -159,9 +163,37 @@ def test_who_abandons_what_is_under_way_does_not_wait_for_it(
     left = Background(collective.abandon)
     assert left.is_done(within_seconds=TIMEOUT_SECONDS / 3), "and so can everybody else go on"
     assert not waiting.is_done(within_seconds=0)
+    with pytest.raises(TransferError, match="still under way"):
+        collective.connect("update-2", 0.1)
     member.tell("die")
     with pytest.raises(TransferError, match="broadcast from host 1"):
         waiting.result()
+    member = start_member()
+    meet(collective, member, "update-2")
+    check_both_ways(collective, member, 300)
+
+
+def test_nothing_is_written_any_more_once_a_delivery_has_failed(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    received = memoryview(bytearray(3000))
+    buckets = [
+        Bucket(number, number * 1000, 1000, (Chunk(number * 1000, 1000, b"other bytes", "w"),))
+        for number in range(3)
+    ]
+    hauls = [staging._Haul(received[one.offset : one.end], root=1) for one in buckets]
+    failing = Background(
+        lambda: staging._haul(buckets, hauls, collective, Timeline("test"), TIMEOUT_SECONDS)
+    )
+    for _ in range(2):
+        member.tell("send 1000")
+        assert member.answer() == "done"
+    assert not failing.is_done(within_seconds=1), "the third bucket may still come"
+    member.tell("die")
+    with pytest.raises(TransferError, match="bucket 0, stage arrive"):
+        failing.result()
 
 
 def test_who_abandons_wakes_the_others(

@@ -2,8 +2,9 @@
 
 The group is our own, beside any that the trainer has: of one rank per host, or of a trainer and its
 samplers. Bytes are sent from, and received into, the memory where they lie. After any error a group
-is dead, and half of its ranks do not know it yet: `abandon` closes it, which wakes the others at
-once, and the next broadcast meets under a new name. Gloo listens at this host's one address.
+is dead, and half of its ranks do not know it yet: `abandon` closes it, which wakes the others, and
+the next broadcast meets under a new name, once no byte of before is on its way any more. Gloo
+listens at this host's one address.
 
     collective = Collective(rendezvous, index=0, size=2)
     collective.connect("update-17", timeout_seconds=60)
@@ -57,6 +58,7 @@ class Collective:
         self._make = BACKENDS[backend]
         self._group: Any = None
         self._under_way: list[Any] = []
+        self._ending: list[threading.Thread] = []
         self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
@@ -65,10 +67,11 @@ class Collective:
         All members must call it, and abandon it, for the same updates.
 
         Raises:
-            TransferError: a member did not come in time.
+            TransferError: a member did not come in time, or hangs in a group of before.
         """
         if self._group is not None:
             return
+        self._wait_ended(timeout_seconds)
         timeout = timedelta(seconds=timeout_seconds)
         self._store = self._rendezvous.group_store(f"gloo/{name}")
         self._store.set_timeout(timeout)
@@ -115,7 +118,7 @@ class Collective:
             work = group.broadcast([memory], options)
         self._under_way = [*_unfinished(self._under_way), work]
         if self._group is not group:
-            _end(group, [work])  # which has not heard of it
+            self._end(group, [work])  # which has not heard of it
 
         def landed() -> None:
             with _failing(root):
@@ -126,14 +129,36 @@ class Collective:
         return landed
 
     def abandon(self) -> None:
-        """Close the group; members that wait in it fail at once."""
+        """Close the group, once what is under way in it has ended; members that wait then fail.
+
+        What this member has begun, and another has not, ends with that one's group.
+        """
         group, self._group = self._group, None
         under_way, self._under_way = self._under_way, []
         if group is not None:
-            _end(group, under_way)
+            self._end(group, under_way)
         if self._store is not None:
             self._store.close()
             self._store = None
+
+    def _end(self, group: Any, begun: Sequence[Any]) -> None:
+        """Let go of a group, whatever it has begun."""
+        if not isinstance(group, ProcessGroupGloo):
+            group.abort()  # or what is queued on the device waits there for the others, for ever
+        elif _unfinished(begun):
+            # The last who lets go of it waits for them, and holds the interpreter's lock meanwhile.
+            thread = threading.Thread(target=_outlive, args=(begun, group), daemon=True)
+            thread.start()
+            self._ending.append(thread)
+
+    def _wait_ended(self, timeout_seconds: float) -> None:
+        """Wait for what was begun before: it fills memory that will be used again."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._ending:
+            self._ending[-1].join(max(0.0, deadline - time.monotonic()))
+            if self._ending[-1].is_alive():
+                raise TransferError("what was begun before is still under way: a member hangs")
+            self._ending.pop()
 
     def _wait_queued(self, work: Any, timeout_seconds: float) -> None:
         """Wait for what a device does; torch looks once in a millisecond, or two buckets' time."""
@@ -201,15 +226,6 @@ def _failing(root: int) -> Iterator[None]:
 
 def _unfinished(works: Sequence[Any]) -> list[Any]:
     return [work for work in works if not work.is_completed()]
-
-
-def _end(group: Any, begun: Sequence[Any]) -> None:
-    """Let go of a group, whatever it has begun."""
-    if not isinstance(group, ProcessGroupGloo):
-        group.abort()  # or what is queued on the device waits there for the others, for ever
-    elif _unfinished(begun):
-        # The last who lets go of it waits for them, and holds the interpreter's lock meanwhile.
-        threading.Thread(target=_outlive, args=(begun, group), daemon=True).start()
 
 
 def _outlive(begun: Sequence[Any], group: Any) -> None:

@@ -9,6 +9,7 @@ memory is told from a bad link.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -133,4 +134,7 @@ def _haul(
         )
     except TransferError:
         collective.abandon()
+        for wait in landed.values():  # the memory will be used again
+            with contextlib.suppress(TransferError):
+                wait()
         raise
