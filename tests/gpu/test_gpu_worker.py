@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -78,6 +79,21 @@ def test_a_loader_on_the_gpu_is_brought_forward_and_back(
 def test_staged_bytes_are_pinned_for_the_gpu(lone_server: ParameterServer, engine: Child) -> None:
     bring(lone_server, engine, 1)
     bring(lone_server, engine, 2)
+    assert engine.call("pinned") == ["", ""]
+
+
+def test_files_in_memory_are_taken_over_and_pinned(
+    lone_server: ParameterServer, engine: Child
+) -> None:
+    with TemporaryDirectory(prefix="ckpt-engine-test-", dir="/dev/shm") as folder:
+        for seed in (1, 2):
+            file = Path(folder, "model.safetensors")
+            save_file(weights(seed), file)
+            name = f"step-{seed}"
+            lone_server.register_checkpoint(name, files=[file], use_inplace_pin_memory=True)
+            assert not file.exists()
+            update(lone_server, engine, name)
+            assert engine.call("sums") == sums(seed)
     assert engine.call("pinned") == ["", ""]
 
 
