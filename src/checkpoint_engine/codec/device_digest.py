@@ -14,6 +14,7 @@ Chunks of at most 240 bytes are hashed in another way; they are fetched, and has
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,6 +190,11 @@ class DevicePlan:
             AdapterError: kernels cannot be compiled for this device.
         """
         compile_kernels(SOURCE, ("sums", "digests"), device)
+        return cls._laid_out(tuple(chunks), device)
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)  # every version of a model has the same chunks
+    def _laid_out(cls, chunks: tuple[tuple[int, int], ...], device: torch.device) -> DevicePlan:
         table, rows, num_blocks = [], [], 0
         for start, length in chunks:
             if length > SHORT_BYTES:
