@@ -131,8 +131,8 @@ class ParameterServer:
             use_shared_memory_pool: keep the memory for the next such checkpoint, faulted in, and
                 let go of all but the last two by itself. For a trainer's loop.
             use_inplace_pin_memory: take over files in /dev/shm, which need no second copy then and
-                are gone when this returns. They must be this user's, and open nowhere else. Their
-                bytes move to memory that is sealed, and that workers pin.
+                are gone when this returns, or fails once it reads them. They must be this user's,
+                and open nowhere else. Their bytes move to sealed memory, which workers pin.
             mode: "staged" copies; "streamed" has engines read files while requests wait; "auto"
                 streams what does not fit in memory, if it is in files.
 

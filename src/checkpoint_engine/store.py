@@ -248,8 +248,7 @@ class Store:
             if pooled:
                 self._retire(keep=self._retain - 1)
             num_bytes = max((tensor.end for tensor in tensors), default=0)
-            freed_bytes = source.files.freed_bytes if source.files else 0
-            segment = self.allocate(num_bytes, pooled=pooled, freed_bytes=freed_bytes)
+            segment = self.allocate(num_bytes, pooled=pooled, freed_bytes=source.freed_bytes)
             try:
                 if source.on_gpu:
                     segment.pin()
@@ -396,7 +395,7 @@ class Store:
                 f"a version of {num_bytes} bytes exceeds the store's budget: {used} of {budget} "
                 "bytes are in use; unregister versions or raise the budget"
             )
-        available = available_bytes() + freed_bytes
+        available = available_bytes(freed_bytes)
         if num_bytes > available:
             raise StoreError(
                 f"a version of {num_bytes} bytes does not fit in the {available} bytes of memory "
@@ -476,14 +475,18 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What this process may still allocate: the host's memory or its control group's."""
-    available = [_entry(Path("/proc/meminfo"), "MemAvailable:", sys.maxsize) * 1024]
+def available_bytes(freed_bytes: int = 0, group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this process may still allocate: the host's memory or its control group's.
+
+    `freed_bytes` of shared memory will be free then; another group's do not help this one.
+    """
+    available = [_entry(Path("/proc/meminfo"), "MemAvailable:", sys.maxsize) * 1024 + freed_bytes]
     limit = group / "memory.max"
     if limit.exists() and (maximum := limit.read_text().strip()) != "max":
         used = int((group / "memory.current").read_text())
         # Files that were read stay until somebody needs their memory.
-        available.append(int(maximum) - used + _entry(group / "memory.stat", "inactive_file", 0))
+        unused = int(maximum) - used + _entry(group / "memory.stat", "inactive_file", 0)
+        available.append(unused + min(freed_bytes, _entry(group / "memory.stat", "shmem", 0)))
     return min(available)
 
 

@@ -59,7 +59,7 @@ class BytesSource:
 
     def __init__(self, weights: Weights, aliases: Mapping[str, Sequence[str]] | None = None):
         self._weights, self._aliases = weights, aliases or {}
-        self.on_gpu, self.files = False, None
+        self.on_gpu, self.files, self.freed_bytes = False, None, 0
 
     def specs(self) -> list[TensorSpec]:
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from collective_member import content
-from core_tools import MIB, TIMEOUT_SECONDS, Background
+from core_tools import MIB, TIMEOUT_SECONDS, Background, wait_until
 
 from checkpoint_engine.errors import TransferError
 from checkpoint_engine.manifest import Chunk
@@ -150,6 +151,26 @@ def test_several_are_under_way_at_once(
     for wait in landed:
         wait()
     check_both_ways(collective, member, 300)
+
+
+def test_nothing_is_kept_of_what_has_landed(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    member = start_member()
+    meet(collective, member, "update-1")
+    memory = mmap.mmap(-1, 1000)
+    member.tell("send 1000")
+    landed = collective.begin(memoryview(memory), 1, TIMEOUT_SECONDS)
+    landed()
+    assert member.answer() == "done"
+
+    def is_free() -> bool:
+        with contextlib.suppress(BufferError):  # something views it
+            memory.close()
+        return memory.closed
+
+    wait_until(is_free)
+    del landed
 
 
 def test_who_abandons_what_is_under_way_does_not_wait_for_it(

@@ -440,8 +440,11 @@ def test_memory_that_is_let_go_of_in_this_moment_is_used_again(store: Store) -> 
 
 def test_what_files_occupy_in_a_control_group_is_available(tmp_path: Path) -> None:
     """Whoever has just read a checkpoint has not used up the memory to stage it in."""
-    for name, text in (("max", "5000"), ("current", "4000"), ("stat", "anon 9\ninactive_file 700")):
+    stat = "anon 9\nshmem 300\ninactive_file 700"
+    for name, text in (("max", "5000"), ("current", "4000"), ("stat", stat)):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert checkpoint_engine.store.available_bytes(tmp_path) == 1700
+    assert checkpoint_engine.store.available_bytes(group=tmp_path) == 1700
+    assert checkpoint_engine.store.available_bytes(200, tmp_path) == 1900
+    assert checkpoint_engine.store.available_bytes(900, tmp_path) == 2000, "others' is not its own"
     (tmp_path / "memory.max").write_text("max\n")
-    assert checkpoint_engine.store.available_bytes(tmp_path) > 1 << 20
+    assert checkpoint_engine.store.available_bytes(group=tmp_path) > 1 << 20

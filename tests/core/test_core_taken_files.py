@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -14,11 +15,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import safetensors.torch
 import torch
-from core_tools import MIB, num_fds
+from core_tools import MIB, num_fds, wait_until
 
 from checkpoint_engine.errors import SourceError, StoreError, UsageError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.sources import JoinedSource, SafetensorsSource, TensorSource
+from checkpoint_engine.sources import taken as taken_files
 from checkpoint_engine.sources.files import TensorFiles
 from checkpoint_engine.store import Store, digest_in_place
 from checkpoint_engine.update.streaming import Streams
@@ -98,6 +100,11 @@ def test_no_byte_is_in_memory_twice(
     assert left < num_bytes / 10
 
 
+def test_beside_tensors_no_byte_is_in_memory_twice_either(files: list[Path]) -> None:
+    with closing(JoinedSource(files, {"more": torch.ones(3)}, take=True)) as source:
+        assert source.freed_bytes == sum(path.stat().st_size for path in files)
+
+
 def test_what_lies_elsewhere_is_read_and_left(
     store: Store, files: list[Path], tmp_path: Path
 ) -> None:
@@ -167,9 +174,10 @@ def of_another_user(path: Path) -> Iterator[None]:
 HOLDER = """
 import subprocess, sys
 from checkpoint_engine.sources import SafetensorsSource
-from checkpoint_engine.sources.taken import _alone
+from pathlib import Path
+from checkpoint_engine.sources.taken import _leased
 source = SafetensorsSource(sys.argv[1:], take=True)
-with _alone(source.files.opened[0][1]):
+with _leased(Path(sys.argv[1]), source.files.opened[0][1]):
     other = subprocess.Popen(["cat", *sys.argv[1:]], stdout=subprocess.DEVNULL)
     try:
         other.wait(1)
@@ -204,6 +212,79 @@ def test_one_that_somebody_else_has_is_refused_and_all_stay_as_they_were(
     assert [path.read_bytes() for path in files] == before
     assert store.labels == []
     assert store.allocated_bytes == 0
+
+
+def test_one_that_may_not_be_written_is_refused(
+    store: Store, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = os.open
+
+    def refused(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_RDWR and path.startswith("/proc/self/fd"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, flags, *more)
+
+    before = num_fds()
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(SourceError, match="taken over: Permission denied"):
+        taken(store, files)
+    assert num_fds() == before
+
+
+def test_it_is_tried_once_however_many_threads_read(
+    store: Store, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had it open may have let go of it meanwhile, but the version has failed."""
+    tries: list[object] = []
+
+    def refuse(opened: object) -> object:
+        tries.append(opened)
+        raise SourceError("refused")
+
+    monkeypatch.setattr(taken_files, "_take", refuse)
+    with pytest.raises(SourceError, match="refused"):
+        taken(store, files)
+    assert len(tries) == 1
+
+
+def test_whoever_opens_one_in_this_moment_reads_all_of_it(
+    store: Store, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, others = files[1].read_bytes(), []
+    rename = Path.rename
+
+    def opened_just_before(self: Path, target: Path) -> Path:
+        if self == files[1]:
+            others.append(subprocess.Popen(["cat", self], stdout=subprocess.PIPE))
+            wait_until(lambda: "BREAKING" in Path("/proc/locks").read_text())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", opened_just_before)
+    with pytest.raises(SourceError, match="open or mapped elsewhere"):
+        taken(store, files)
+    assert others[0].communicate(timeout=60)[0] == content
+    assert sorted(files[0].parent.iterdir()) == files
+    monkeypatch.undo()
+    assert taken(store, files).digest == expected()
+
+
+def test_a_newer_one_stays(
+    store: Store, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def replaced_just_before(self: Path, target: Path) -> Path:
+        if self == files[1]:
+            newer = self.with_suffix(".coming")
+            newer.write_bytes(b"newer")
+            os.replace(newer, self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", replaced_just_before)
+    with pytest.raises(SourceError, match="another file was put in its place"):
+        taken(store, files)
+    assert files[1].read_bytes() == b"newer"
+    assert sorted(files[0].parent.iterdir()) == files
 
 
 def test_one_that_was_replaced_is_refused(store: Store, files: list[Path]) -> None:

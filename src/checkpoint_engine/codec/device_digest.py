@@ -193,7 +193,7 @@ class DevicePlan:
         return cls._laid_out(tuple(chunks), device)
 
     @classmethod
-    @functools.lru_cache(maxsize=256)  # every version of a model has the same chunks
+    @functools.lru_cache(maxsize=4096)  # every version of a model has the same: 1 TB of it
     def _laid_out(cls, chunks: tuple[tuple[int, int], ...], device: torch.device) -> DevicePlan:
         table, rows, num_blocks = [], [], 0
         for start, length in chunks:

@@ -102,6 +102,11 @@ class JoinedSource:
         """Whether some of the tensors are on a GPU."""
         return self._tensors.on_gpu or (self._sharded is not None and self._sharded.on_gpu)
 
+    @property
+    def freed_bytes(self) -> int:
+        """Of files that are taken over."""
+        return self._files.freed_bytes
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all; a name that is given twice is refused when they are laid out."""
         sharded = self._sharded.specs() if self._sharded else ()
@@ -152,6 +157,11 @@ class Share:
     def on_gpu(self) -> bool:
         """Whether some of the whole source is."""
         return self._source.on_gpu
+
+    @property
+    def freed_bytes(self) -> int:
+        """None: of files that are taken over, each is read by one rank."""
+        return 0
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of this part."""

@@ -31,6 +31,11 @@ class Source(Protocol):
         """Whether some of it is read from a GPU's memory."""
         ...
 
+    @property
+    def freed_bytes(self) -> int:
+        """How much of the host's memory is free again once all has been read."""
+        ...
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, each with all its names; raises SourceError where they contradict."""
         ...

@@ -78,6 +78,11 @@ class GatheredSource:
         """Whether some are gathered on a GPU."""
         return any(part.is_cuda for weight in self._weights for part in weight.parts)
 
+    @property
+    def freed_bytes(self) -> int:
+        """None: the tensors stay where they are."""
+        return 0
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors that this rank keeps."""
         weights = kept(self._weights, self._keeper, self._bucket_bytes)

@@ -109,6 +109,11 @@ class LoraSource:
         """Whether some of the tensors are on a GPU."""
         return self._tensors.on_gpu
 
+    @property
+    def freed_bytes(self) -> int:
+        """None: the tensors stay where they are."""
+        return 0
+
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors, and the configuration as one of bytes."""
         config = TensorSpec(names=(CONFIG_NAME,), dtype="U8", shape=(len(self._config),))

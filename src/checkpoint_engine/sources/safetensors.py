@@ -73,7 +73,7 @@ class SafetensorsSource:
             for path in map(Path, files):
                 descriptors.append(_open_file(path, within))
                 if take and is_in_memory(descriptors[-1]):
-                    descriptors[-1] = open_to_take(descriptors[-1])
+                    descriptors.append(open_to_take(descriptors.pop()))
                 positions = self._add(path, descriptors[-1])
                 opened.append(OpenFile.of(str(path), descriptors[-1], positions))
         except BaseException:
@@ -91,6 +91,11 @@ class SafetensorsSource:
     def on_gpu(self) -> bool:
         """False: these are files."""
         return False
+
+    @property
+    def freed_bytes(self) -> int:
+        """Of files that are taken over."""
+        return self._files.freed_bytes
 
     def specs(self) -> Sequence[TensorSpec]:
         """The tensors of all files, in the order of the files."""

@@ -12,9 +12,11 @@ removes it, too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ __all__ = ["TakenFiles", "is_in_memory", "open_to_take"]
 
 FOLDER = "/dev/shm"  # noqa: S108 - files that are there already
 PAGE_BYTES = mmap.PAGESIZE
+OPEN_ELSEWHERE = "it is open or mapped elsewhere: close it there"
 
 
 class TakenFiles(TensorFiles):
@@ -50,8 +53,9 @@ class TakenFiles(TensorFiles):
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a tensor from byte `start` on, and remove them."""
         with self._lock:
-            if self._to_take:
-                self._maps, self._to_take = _take(self._to_take), []
+            to_take, self._to_take = self._to_take, []  # once: whoever fails has changed nothing
+            if to_take:
+                self._maps = _take(to_take)
         super().read_into(name, start, out)
         _, descriptor, position = self._place(name)
         if descriptor in self._maps:
@@ -82,32 +86,58 @@ def open_to_take(descriptor: int) -> int:
 
 
 def _take(files: Sequence[tuple[OpenFile, int]]) -> dict[int, mmap.mmap]:
-    """Remove the names of all files, if that may be; their maps, by descriptor."""
+    """Remove the names of all files, or of none; their maps, by descriptor."""
     with contextlib.ExitStack() as leases:
-        paths = [leases.enter_context(_alone(descriptor)) for _, descriptor in files]
+        hidden = [leases.enter_context(_hidden(descriptor)) for _, descriptor in files]
         maps = {descriptor: mmap.mmap(descriptor, 0) for _, descriptor in files}
-        for path in paths:
+        for path in hidden:
             path.unlink()
     return maps
 
 
 @contextlib.contextmanager
-def _alone(descriptor: int) -> Iterator[Path]:
-    """The path of a file that nobody else has open, or opens for as long as this lasts."""
+def _hidden(descriptor: int) -> Iterator[Path]:
+    """The secret path of a file that nobody else has open; it gets its own back in case of failure.
+
+    Meanwhile whoever opens it waits, and has only done so by its own path.
+    """
     path, found = _path(descriptor), os.fstat(descriptor)
     if found.st_uid != os.geteuid():
         raise SourceError(_refusal(path, "it belongs to another user"))
-    if found.st_nlink != 1 or not path.exists() or not os.path.samestat(found, path.lstat()):
+    if found.st_nlink != 1:
         raise SourceError(_refusal(path, "it has another name, or lost this one"))
-    # Told of somebody who opens it meanwhile, a process would end but for this signal.
+    hidden = path.with_name(f".{secrets.token_hex(8)}.taken")
+    with _leased(path, descriptor):
+        try:
+            path.rename(hidden)
+        except OSError as error:
+            raise SourceError(_refusal(path, str(error.strerror))) from error
+        try:
+            if not os.path.samestat(found, hidden.lstat()):
+                raise SourceError(_refusal(path, "another file was put in its place"))
+            if fcntl.fcntl(descriptor, fcntl.F_GETLEASE) != fcntl.F_WRLCK:
+                raise SourceError(_refusal(path, OPEN_ELSEWHERE))
+            yield hidden
+        except BaseException:
+            with contextlib.suppress(FileExistsError):  # a newer one, which replaces it
+                os.link(hidden, path)
+            hidden.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _leased(path: Path, descriptor: int) -> Iterator[None]:
+    """While nobody else has the file open; whoever opens it waits for the end."""
+    # Told of somebody who waits, a process would end but for this signal.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
-        reason = f"it is open or mapped elsewhere ({error.strerror}); close it there"
+        is_open = error.errno == errno.EAGAIN
+        reason = OPEN_ELSEWHERE if is_open else f"there is no lease on it: {error.strerror}"
         raise SourceError(_refusal(path, reason)) from error
     try:
-        yield path
+        yield
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
@@ -118,6 +148,6 @@ def _path(descriptor: int) -> Path:
 
 def _refusal(path: Path, reason: str) -> str:
     return (
-        f"{path}: cannot be taken over: {reason}, or register it with "
+        f"{path}: cannot be taken over: {reason}; register it with "
         "use_inplace_pin_memory=False, which copies it"
     )

@@ -49,8 +49,8 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
         num_bytes: of its tensors.
         sent_bytes: to each receiver, padding included; fewer where compression paid.
         seconds: spent waiting for tensors ("generate"), for receivers to come ("meet"), copying
-            and digesting ("fill") and sending ("move"); these overlap. "total" is from the call
-            to its end.
+            and digesting ("fill") and for buckets to move, compressed or not ("move"); these
+            overlap. "total" is from the call to its end.
     """
 
     label: str

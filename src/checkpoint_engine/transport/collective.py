@@ -41,6 +41,38 @@ NCCL_ENVIRONMENT = {
 }
 
 
+class _Broadcast:
+    """One that was begun. Torch's part of it keeps its memory, and its group's connections."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self._error: RuntimeError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; what it kept is let go of then."""
+        work = self._work
+        if work is not None and work.is_completed():
+            del work
+            with suppress(RuntimeError):  # which whoever waits is told
+                self.wait()
+        return self._work is None
+
+    def wait(self) -> None:
+        """Wait until it ends; raises RuntimeError if it failed, whoever asks."""
+        work = self._work
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            self._error = error.with_traceback(None)
+        finally:
+            del work
+            self._work = None
+        if self._error is not None:
+            raise self._error
+
+
 class Collective:
     """A group of `size` members, of which this one is `index`.
 
@@ -57,7 +89,8 @@ class Collective:
         self._rendezvous, self.index, self.size = rendezvous, index, size
         self._make = BACKENDS[backend]
         self._group: Any = None
-        self._under_way: list[Any] = []
+        self._under_way: list[_Broadcast] = []
+        self._lock = threading.Lock()
         self._ending: list[threading.Thread] = []
         self._store: GroupStore | None = None
 
@@ -115,16 +148,18 @@ class Collective:
         if isinstance(memory, memoryview):
             memory = torch.frombuffer(memory, dtype=torch.uint8)
         with _failing(root):
-            work = group.broadcast([memory], options)
-        self._under_way = [*_unfinished(self._under_way), work]
+            begun = _Broadcast(group.broadcast([memory], options))
+        with self._lock:
+            self._under_way = [*_unfinished(self._under_way), begun]
         if self._group is not group:
-            self._end(group, [work])  # which has not heard of it
+            self._end(group, [begun])  # which has not heard of it
+        is_queued = not memory.is_cpu
 
         def landed() -> None:
             with _failing(root):
-                if not memory.is_cpu:
-                    self._wait_queued(work, timeout_seconds)
-                work.wait(options.timeout)
+                if is_queued:
+                    self._wait_queued(begun, timeout_seconds)
+                begun.wait()
 
         return landed
 
@@ -134,14 +169,15 @@ class Collective:
         What this member has begun, and another has not, ends with that one's group.
         """
         group, self._group = self._group, None
-        under_way, self._under_way = self._under_way, []
+        with self._lock:
+            under_way, self._under_way = self._under_way, []
         if group is not None:
             self._end(group, under_way)
         if self._store is not None:
             self._store.close()
             self._store = None
 
-    def _end(self, group: Any, begun: Sequence[Any]) -> None:
+    def _end(self, group: Any, begun: Sequence[_Broadcast]) -> None:
         """Let go of a group, whatever it has begun."""
         if not isinstance(group, ProcessGroupGloo):
             group.abort()  # or what is queued on the device waits there for the others, for ever
@@ -160,10 +196,10 @@ class Collective:
                 raise TransferError("what was begun before is still under way: a member hangs")
             self._ending.pop()
 
-    def _wait_queued(self, work: Any, timeout_seconds: float) -> None:
+    def _wait_queued(self, begun: _Broadcast, timeout_seconds: float) -> None:
         """Wait for what a device does; torch looks once in a millisecond, or two buckets' time."""
         deadline = time.monotonic() + timeout_seconds
-        while not work.is_completed():
+        while not begun.is_over:
             if self._group is None:
                 raise TransferError("the group was abandoned meanwhile")
             if time.monotonic() > deadline:
@@ -224,15 +260,15 @@ def _failing(root: int) -> Iterator[None]:
         raise TransferError(f"broadcast from host {root}: {_first_line(error)}") from error
 
 
-def _unfinished(works: Sequence[Any]) -> list[Any]:
-    return [work for work in works if not work.is_completed()]
+def _unfinished(begun: Sequence[_Broadcast]) -> list[_Broadcast]:
+    return [one for one in begun if not one.is_over]
 
 
-def _outlive(begun: Sequence[Any], group: Any) -> None:
-    """Keep a group until what it has begun has ended, by its deadline at the latest."""
-    for work in begun:
+def _outlive(begun: Sequence[_Broadcast], group: Any) -> None:
+    """Keep a group until what it has begun has ended, which has its deadline."""
+    for one in begun:
         with suppress(RuntimeError):
-            work.wait()
+            one.wait()
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,7 +119,8 @@ def _haul(
         landed[slot] = collective.begin(haul.memory, haul.root, timeout_seconds)
 
     def move(bucket: Bucket, slot: int) -> None:
-        landed.pop(slot)()
+        landed[slot]()
+        del landed[slot]
 
     def arrive(bucket: Bucket, slot: int) -> None:
         if hauls[bucket.index].root != collective.index:
@@ -134,7 +135,7 @@ def _haul(
         )
     except TransferError:
         collective.abandon()
-        for wait in landed.values():  # the memory will be used again
+        for wait in list(landed.values()):  # the memory will be used again
             with contextlib.suppress(TransferError):
                 wait()
         raise

@@ -146,7 +146,7 @@ def _choose(
 ) -> tuple[TensorFiles | None, str]:
     """The files to stream from, and why; None to stage."""
     _check_mode(mode)
-    files = None if source.files and source.files.freed_bytes else source.files
+    files = None if source.freed_bytes else source.files
     if mode == "streamed":
         if files is None:
             raise UsageError(
