@@ -208,6 +208,7 @@ def test_nothing_is_written_any_more_once_a_delivery_has_failed(
     failing = Background(
         lambda: staging._haul(buckets, hauls, collective, Timeline("test"), TIMEOUT_SECONDS)
     )
+    wait_until(lambda: len(collective._under_way) == len(buckets))
     for _ in range(2):
         member.tell("send 1000")
         assert member.answer() == "done"

@@ -41,7 +41,9 @@ class Forked(Talker):
 
     @property
     def alive(self) -> bool:
-        return self._descriptor >= 0 and not self._ended_within(0)
+        # The kernel closes what a process has before that can be seen to have ended.
+        seconds = END_SECONDS if self.ended else 0.0
+        return self._descriptor >= 0 and not self._ended_within(seconds)
 
     @property
     def stopped(self) -> bool:
