@@ -63,7 +63,7 @@ class _Broadcast:
         work = self._work
         try:
             if work is not None:
-                work.wait()
+                work.wait()  # until its own deadline, which it was begun with
         except RuntimeError as error:
             self._error = error.with_traceback(None)
         finally:
