@@ -42,6 +42,14 @@ class Engine:
         self.model.failing, self.model.keeping = failing, keeping
         worker.update_weights_from_ipc(None, handle, 0, run=self.model.load_weights)
 
+    def leave_free(self, num_bytes: int) -> None:
+        """Let torch have so much more than its tensors have; the rest is another's."""
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, (torch.cuda.memory_reserved() + num_bytes) / total)
+        )
+
     def forbid_pins(self) -> None:
         """As a host does that limits locked memory."""
 

@@ -108,6 +108,22 @@ def test_pinned_maps_go_when_their_memory_is_freed(
     wait_until(lambda: engine.call("num_pinned_maps") == 0)
 
 
+def test_a_gpu_without_room_refuses_while_it_serves(
+    lone_server: ParameterServer, engine: Child
+) -> None:
+    bring(lone_server, engine, 1)
+    engine.call("leave_free", num_bytes=NUM_BYTES // 2)
+    with pytest.raises(UpdateFailed, match="cuda:0 has no room for the") as failure:
+        bring(lone_server, engine, 2)
+    report = failure.value.report
+    assert (report.outcome, report.pause_seconds) == ("aborted", None)
+    used = engine.call("used_bytes")
+    assert used["torch"] < used["tensors"] + SLACK_BYTES, used
+    engine.call("leave_free", num_bytes=2 * NUM_BYTES + SLACK_BYTES)
+    bring(lone_server, engine, 3)
+    assert engine.call("sums") == sums(3)
+
+
 def test_what_may_not_be_pinned_goes_through_slots(
     lone_server: ParameterServer, engine: Child
 ) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -104,9 +104,11 @@ class CallbackAdapter:
         """Verify the staged bytes; most of names and shapes is the loader's to check.
 
         Raises:
-            AdapterError: the version lacks a tensor that a module was given before.
+            AdapterError: the version lacks a tensor that a module was given before, or the GPU has
+                no memory for what it is copied through.
         """
-        self._incoming, self._feed = content, self._new_feed(content)
+        self._incoming = content
+        self._feed = self._new_feed(content)
         if self._feed is None or isinstance(content, Streamed):
             with byte_workers(idle=True) as pool:
                 content.verify(pool)
@@ -206,9 +208,11 @@ class CallbackAdapter:
         return Feed(content, self._device) if self._device.type == "cuda" else None
 
     def _load(self, content: Content, watch: Watch | None) -> None:
-        for group in self._feed.groups() if self._feed else self._groups(content):
-            self._give(group, watch)
-            del group  # its memory is the next one's
+        groups = self._feed.groups() if self._feed else self._groups(content)
+        with contextlib.closing(groups):  # also by what fails: the way back needs the memory
+            for group in groups:
+                self._give(group, watch)
+                del group  # its memory is the next one's
         with watch or contextlib.nullcontext():
             if self._post_hook is not None:
                 run_hook(self._post_hook, self._model, self._device)
@@ -217,7 +221,7 @@ class CallbackAdapter:
         if self._device.type == "cuda":  # what fails there, fails here
             torch.cuda.synchronize(self._device)
 
-    def _groups(self, content: Content) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    def _groups(self, content: Content) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
         group: list[tuple[str, torch.Tensor]] = []
         group_bytes, most_bytes = 0, self._most_bytes(content)
         for meta in content.manifest.tensors:

@@ -3,11 +3,11 @@
 While a loader writes one group into its model, the next is on its way: copied from pinned maps of
 the staged bytes at the speed of the bus or, where nothing is pinned, through small pinned slots
 that a few threads fill. The digest of every chunk is taken from the GPU's memory, so what a loader
-is given is what was registered, bus included. Three groups are there at most; their memory is
+is given is what was registered, bus included. Two groups are there at a time; their memory is
 torch's, which uses it again when nobody views it any more: a loader may keep what it is given.
 Whoever is done with a feed has torch return what it caches (`torch.cuda.empty_cache`).
 
-    feed = Feed(content, torch.device("cuda", 0))       # while serving: plans, compiles
+    feed = Feed(content, torch.device("cuda", 0))       # while serving: plans, finds memory
     for group in feed.groups():                         # while requests wait
         load(group)
         del group
@@ -18,9 +18,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from checkpoint_engine.adapters.base import Content
 from checkpoint_engine.adapters.staged import Staged
 from checkpoint_engine.codec.device_digest import DevicePlan
 from checkpoint_engine.dtypes import torch_dtype, torch_shape
-from checkpoint_engine.errors import VerificationError
+from checkpoint_engine.errors import AdapterError, VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk, TensorMeta, align, cut_chunks
 from checkpoint_engine.memory import byte_workers
 
@@ -53,6 +54,11 @@ class _Group:
     chunks: tuple[Chunk, ...]
     plan: DevicePlan
 
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that it needs."""
+        return align(self.end - self.start)
+
 
 @dataclass(frozen=True)
 class _Coming:
@@ -67,7 +73,8 @@ class Feed:
     """See the module's text. Borrows the content.
 
     Raises:
-        AdapterError: digests cannot be taken on this device; says why.
+        AdapterError: digests cannot be taken on this device, or it has no memory for two groups;
+            says why.
     """
 
     def __init__(self, content: Content, device: torch.device) -> None:
@@ -75,9 +82,10 @@ class Feed:
         with torch.cuda.device(device):
             self._copies, self._checks = cuda.new_stream(device), cuda.new_stream(device)
             self._groups = tuple(_planned(content.manifest.tensors, device))
+            self._find_memory()
         self._thread = threading.local()
 
-    def groups(self) -> Iterator[Named]:
+    def groups(self) -> Generator[Named, None, None]:
         """Every name with its tensor, in the order of the manifest. One caller at a time.
 
         Raises:
@@ -100,8 +108,22 @@ class Feed:
                 self._copies.synchronize()
                 self._checks.synchronize()
 
+    def _find_memory(self) -> None:
+        """Have torch cache what two neighbours need at most, before requests wait for it."""
+        sizes = [group.num_bytes for group in self._groups]
+        needed = max(sizes, default=0), max(map(min, pairwise(sizes)), default=0)
+        try:
+            found = [_memory(num_bytes, self._device) for num_bytes in needed]
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise AdapterError(
+                f"{self._device} has no room for the {sum(needed)} bytes that an update is copied "
+                f"through: leave it more ({error})"
+            ) from error
+        del found
+
     def _begin(self, group: _Group, threads: Executor, *, pinned: bool) -> _Coming:
-        data = torch.empty(align(group.end - group.start), dtype=torch.uint8, device=self._device)
+        data = _memory(group.num_bytes, self._device)
         # What a loader does with an earlier group in the same memory comes first.
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         if pinned:
@@ -190,6 +212,10 @@ def _group(metas: Sequence[TensorMeta], device: torch.device) -> _Group:
         chunks=chunks,
         plan=DevicePlan.of([(chunk.offset - start, chunk.length) for chunk in chunks], device),
     )
+
+
+def _memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _unique(metas: Sequence[TensorMeta]) -> list[TensorMeta]:
