@@ -71,9 +71,11 @@ class Kernel:
             *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        code = _driver().cuLaunchKernel(
-            self.function, *grid, 1, block, 1, 1, 0, stream, addresses, None
-        )
+        with torch.cuda.device(self.device):
+            _enter_context()  # which this thread may lack, where torch had memory at hand
+            code = _driver().cuLaunchKernel(
+                self.function, *grid, 1, block, 1, 1, 0, stream, addresses, None
+            )
         _check(code, "a kernel was not started")
 
 

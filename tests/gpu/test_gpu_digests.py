@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_every_length_has_its_digest() -> None:
 def test_a_tensor_has_the_digests_of_its_chunks(length: int) -> None:
     data = torch.randint(256, (length,), dtype=torch.uint8)
     assert chunk_digests_there(data.to("cuda")) == chunk_digests(data.numpy().data)
+
+
+def test_a_thread_that_has_done_nothing_else_takes_digests() -> None:
+    data = torch.randint(256, (CHUNK_BYTES,), dtype=torch.uint8)
+    there = data.to("cuda")
+    assert chunk_digests_there(there) == chunk_digests(data.numpy().data)  # plans, and has memory
+    with ThreadPoolExecutor() as pool:
+        taken = pool.submit(chunk_digests_there, there).result(timeout=60)
+    assert taken == chunk_digests(data.numpy().data)
 
 
 def test_digests_behind_a_kernel_that_hangs_have_a_deadline(
