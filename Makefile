@@ -2,12 +2,13 @@
 #
 #   make test ARGS="-k manifest"
 
-.PHONY: help setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu
+.PHONY: help setup demo test test-system test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a weight update from trainer to running replicas, on this machine"
-	@echo "make test    the tests (ARGS goes to pytest)"
+	@echo "make test    the tests but the next (ARGS goes to pytest)"
+	@echo "make test-system  the tests of whole systems: commands, hosts, clusters, faults"
 	@echo "make test-engines  the tests with real engines, whose environments it builds first"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make simulate  100,000 random schedules of faults, on simulated time"
@@ -21,5 +22,5 @@ help:
 	@echo "make bench-gpu  measure weight updates into an engine on a GPU"
 	@echo "make setup   the virtual environment alone; the others make it too"
 
-setup demo test test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu:
+setup demo test test-system test-gpu test-engines simulate storm chaos soak fuzz lint bench bench-engines bench-gpu:
 	@scripts/$@ $(ARGS)

@@ -15,6 +15,24 @@ from checkpoint_engine.ps import ParameterServer
 from children import free_port
 from replica_nursery import Nursery
 
+HERE = Path(__file__).parent
+OF_SYSTEMS = (  # commands, hosts, clusters and faults on them, each from its start to its end
+    "cli/test_bench.py",
+    "e2e/*",
+    "faults/*",
+    "hosts/*",
+    "ps/test_ps_lora_command.py",
+    "soak/*",
+    "streaming/test_*_ray.py",
+    "streaming/test_manager_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.match(f"{HERE}/{pattern}") for pattern in OF_SYSTEMS):
+            item.add_marker("system")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

@@ -1,6 +1,6 @@
 """Many updates of two replicas that answer requests all the while: nothing grows.
 
-`make soak` runs 2,000 and draws docs/soak.svg; `make test` runs a few.
+`make soak` runs 2,000 and draws docs/soak.svg; `make test-system` runs a few.
 """
 
 from __future__ import annotations
