@@ -347,6 +347,31 @@ def test_a_loader_gets_whole_tensors_in_groups_and_may_keep_them(
     assert loader.holds(3)
 
 
+def test_what_a_loader_left_is_let_go_of_before_the_way_back(
+    stage: Stage, small_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    groups = CallbackAdapter._groups
+
+    def watched(adapter: CallbackAdapter, content: Any) -> Iterator[Any]:
+        events.append("begun")
+        try:
+            yield from groups(adapter, content)
+        finally:
+            events.append("over")
+
+    monkeypatch.setattr(CallbackAdapter, "_groups", watched)
+    loader = Loader()
+    for seed in (2, 3):
+        stage.register(seed)
+    first = loader.adapter(Kept())
+    stage.play(2, APPLY, PUBLISH, adapter=first)
+    events.clear()
+    loader.failing_call = len(loader.calls) + 3
+    assert stage.play(3, APPLY, adapter=loader.adapter(first.keep()))[0] == "kept"
+    assert events == ["begun", "over", "begun", "over"]
+
+
 def test_a_loader_is_not_called_for_bytes_that_are_wrong(stage: Stage) -> None:
     loader = Loader()
     path = stage.register(2)
