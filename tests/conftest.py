@@ -15,7 +15,6 @@ from checkpoint_engine.ps import ParameterServer
 from children import free_port
 from replica_nursery import Nursery
 
-HERE = Path(__file__).parent
 OF_SYSTEMS = (  # commands, hosts, clusters and faults on them, each from its start to its end
     "cli/test_bench.py",
     "e2e/*",
@@ -30,7 +29,7 @@ OF_SYSTEMS = (  # commands, hosts, clusters and faults on them, each from its st
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(item.path.match(f"{HERE}/{pattern}") for pattern in OF_SYSTEMS):
+        if any(item.path.match(pattern) for pattern in OF_SYSTEMS):
             item.add_marker("system")
 
 
