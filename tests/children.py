@@ -12,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-HERE = Path(__file__).parent
+from nursery import HERE, Process, fork
+
+Start = Callable[[str, Sequence[str], Mapping[str, str]], "Process | subprocess.Popen[str]"]
+
 TIMEOUT_SECONDS = 60.0
 STOP_SECONDS = 10.0
 
@@ -125,60 +128,79 @@ class Talker:
 
 
 class Child(Talker):
-    """A script of the tests in a process of its own; the context manager ends it.
+    """A script of the tests in a process of its own; the context manager ends it."""
 
-    `inside` is a command that runs Python, `options` are Python's.
-    """
-
-    def __init__(
-        self,
-        script: str,
-        *arguments: str,
-        inside: Sequence[str] = (),
-        options: Sequence[str] = (),
-        **env: str,
-    ):
-        self._process = subprocess.Popen(
-            [*inside, sys.executable, *options, str(HERE / script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **python_path(), "OMP_NUM_THREADS": "1", **env},
+    def __init__(self, script: str, *arguments: str, start: Start = fork, **env: str) -> None:
+        self.process = start(
+            script, arguments, {**os.environ, **python_path(), "OMP_NUM_THREADS": "1", **env}
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        super().__init__(self._process.stdin, self._process.stdout)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        super().__init__(self.process.stdin, self.process.stdout)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        if self.ended:  # the kernel closes what a process has before that can be seen to have ended
+            self._end()
+        return self.process.poll() is None
+
+    @property
+    def stopped(self) -> bool:
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it died just now
+            return False
+        return "State:\tT" in status and self.alive
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL: no handler runs."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(TIMEOUT_SECONDS)
+        self.signal(signal.SIGKILL)
+        self.close()
 
     def close(self) -> None:
         """End its input, and it; kill it if it does not end."""
-        if self.alive:
-            self.hang_up()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._reader.join(TIMEOUT_SECONDS)
         self.hang_up()
+        if not self._end():
+            self.signal(signal.SIGKILL)
+            self.process.wait(TIMEOUT_SECONDS)
+        self._reader.join(TIMEOUT_SECONDS)
         self._answers.close()
+
+    def _end(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        return self.process.poll() is not None
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def spawn(
+    script: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    inside: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    """Start a script as its user would; `inside` is a command that runs Python's."""
+    return subprocess.Popen(
+        [*inside, sys.executable, *options, str(HERE / script), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def call_all(children: Sequence[Talker], do: str, **arguments: Any) -> list[Any]:

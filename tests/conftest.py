@@ -13,7 +13,6 @@ from e2e_server import COMMAND, Server, Servers, make_environment
 
 from checkpoint_engine.ps import ParameterServer
 from children import free_port
-from replica_nursery import Nursery
 
 OF_SYSTEMS = (  # commands, hosts, clusters and faults on them, each from its start to its end
     "cli/test_bench.py",
@@ -94,16 +93,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return make_environment(tmp_path / "state")
 
 
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
 @pytest.fixture
-def start(environment: dict[str, str], nursery: Nursery) -> Iterator[Callable[..., Server]]:
+def start(environment: dict[str, str]) -> Iterator[Callable[..., Server]]:
     """Starts replicas that end with the test."""
-    servers = Servers(environment, nursery)
+    servers = Servers(environment)
     yield servers.start
     servers.close()
 

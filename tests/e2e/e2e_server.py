@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from replica_nursery import Nursery, Process
+from nursery import Process, fork_command
 
 COMMAND = (sys.executable, "-m", "checkpoint_engine")
 
@@ -54,25 +54,22 @@ class Server:
 class Servers:
     """Starts replicas in one environment, and ends them all when closed.
 
-    They are forked from a nursery, if there is one and no other command is given.
+    They are forked, if no other command is given.
     """
 
-    def __init__(self, environment: Mapping[str, str], nursery: Nursery | None = None) -> None:
-        self._environment, self._nursery = environment, nursery
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
         self._processes: list[subprocess.Popen[str] | Process] = []
 
     def start(self, folder: Path, *options: str, command: Sequence[str] | None = None) -> Server:
         arguments = ["replica", "--model", str(folder), "--port", "0", *options]
         environment = dict(self._environment)
         process: subprocess.Popen[str] | Process
-        if self._nursery is not None and command is None:
-            process = self._nursery.start(arguments, environment)
+        if command is None:
+            process = fork_command(arguments, environment)
         else:
             process = subprocess.Popen(
-                [*(command or COMMAND), *arguments],
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
+                [*command, *arguments], stdout=subprocess.PIPE, text=True, env=environment
             )
         self._processes.append(process)
         return Server(process)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fleet import MOST_SEGMENTS, Fleet, Forked, Holdings, starter
+from fleet import MOST_SEGMENTS, Fleet, Holdings
 from toy import truth
 
 from children import Child, wait_until
@@ -160,7 +160,7 @@ class Chaos:
         self,
         draw: random.Random,
         name: str,
-        joiner: Forked,
+        joiner: Child,
         generation: int,
         metas: dict[str, Any],
     ) -> bool:
@@ -188,7 +188,7 @@ class Chaos:
             self._say("a joiner finds no ranks", name)
         return False
 
-    def _error_of_joining(self, name: str, joiner: Forked, metas: dict[str, Any]) -> str | None:
+    def _error_of_joining(self, name: str, joiner: Child, metas: dict[str, Any]) -> str | None:
         address = self._fleet.addresses[name]
         try:
             outcome = joiner.call("join", metas=metas, replicas=[address], timeout=JOIN_SECONDS)
@@ -246,7 +246,7 @@ class Chaos:
             assert list((self._folder / name / "s").iterdir()) == []
 
 
-def has_died(replica: Forked) -> bool:
+def has_died(replica: Child) -> bool:
     """Whether it met the fault that was meant for it; nobody dies of anything else."""
     if replica.alive:
         return False
@@ -262,14 +262,13 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
     print(f"seed {options.seed}")
-    with Child("faults/nursery.py") as nursery:
-        fleet = Fleet(starter(nursery, folder), folder, num_replicas=NUM_REPLICAS, hosts=HOSTS)
-        chaos = Chaos(fleet, folder / "joiners", options.seed, options.seconds)
-        try:
-            chaos.run()
-        finally:
-            fleet.close()
-            print(", ".join(f"{what}: {number}" for what, number in sorted(chaos.counts.items())))
+    fleet = Fleet(folder, num_replicas=NUM_REPLICAS, hosts=HOSTS)
+    chaos = Chaos(fleet, folder / "joiners", options.seed, options.seconds)
+    try:
+        chaos.run()
+    finally:
+        fleet.close()
+        print(", ".join(f"{what}: {number}" for what, number in sorted(chaos.counts.items())))
     shutil.rmtree(folder)
     print(f"chaos for {options.seconds:.0f} s: every answer was true (seed {options.seed})")
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fleet import Fleet, Start, starter
-
-from children import Child
+from fleet import Fleet
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,40 +23,31 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
-def start_toys() -> Iterator[Start]:
-    """Starts toy replicas and trainers; a socket's path must be short."""
-    folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
-    with Child("faults/nursery.py") as nursery:
-        yield starter(nursery, folder)
-    shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="module")  # they never rest
-def toy_fleet(start_toys: Start) -> Iterator[Fleet]:
+def toy_fleet() -> Iterator[Fleet]:
     """Three replicas and one trainer, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
-    toys = Fleet(start_toys, folder, num_replicas=3)
+    toys = Fleet(folder, num_replicas=3)
     yield toys
     toys.close()
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")  # they never rest
-def toy_hosts(start_toys: Start) -> Iterator[Fleet]:
+def toy_hosts() -> Iterator[Fleet]:
     """Two replicas on two hosts, whose ranks share no memory, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
-    toys = Fleet(start_toys, folder, num_replicas=2, hosts=("a", "b"))
+    toys = Fleet(folder, num_replicas=2, hosts=("a", "b"))
     yield toys
     toys.close()
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")  # they never rest
-def toy_streaming(start_toys: Start) -> Iterator[Fleet]:
+def toy_streaming() -> Iterator[Fleet]:
     """Three replicas that read versions from files while requests wait, for the tests of a file."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-"))
-    toys = Fleet(start_toys, folder, num_replicas=3, streamed=True)
+    toys = Fleet(folder, num_replicas=3, streamed=True)
     yield toys
     toys.close()
     shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 """Toy replicas, the parameter server that updates them, and what must hold whatever went wrong.
 
-fleet = Fleet(start, folder, num_replicas=3)
+fleet = Fleet(folder, num_replicas=3)
 fleet.replicas["replica 0"].call("arm", point="apply", what="kill")
 outcomes = fleet.update(timeout=1.0)
 fleet.check()                                   # true, served, mended, nothing left over
@@ -10,94 +10,23 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
-import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from toy import Truth, label, truth
 
-from children import Child, Talker, free_port, wait_until
+from children import Child, free_port, wait_until
 from link import Link
 
 SHORT_SECONDS = 0.5  # of an update in which a deadline is to pass
 TIMEOUT_SECONDS = 30.0  # of an update that nothing disturbs: a slow machine may take its time
 END_SECONDS = 10.0
+TRAINER = "faults/toy_trainer.py"
 SECRET = "of the ranks of this fleet"
 MOST_SEGMENTS = 6  # two are retained, and each of three replicas may keep another version before
-
-
-class Forked(Talker):
-    """A process that the nursery has forked."""
-
-    def __init__(self, pid: int, connection: socket.socket) -> None:
-        self.pid, self._descriptor = pid, os.pidfd_open(pid)
-        self._connection = connection
-        super().__init__(connection.makefile("w"), connection.makefile("r"))
-
-    @property
-    def alive(self) -> bool:
-        # The kernel closes what a process has before that can be seen to have ended.
-        seconds = END_SECONDS if self.ended else 0.0
-        return self._descriptor >= 0 and not self._ended_within(seconds)
-
-    @property
-    def stopped(self) -> bool:
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):  # it died just now
-            return False
-        return self.alive and "State:\tT" in status
-
-    def signal(self, number: int) -> None:
-        signal.pidfd_send_signal(self._descriptor, number)
-
-    def kill(self) -> None:
-        if self.alive:
-            self.signal(signal.SIGKILL)
-            assert self._ended_within(END_SECONDS)
-        self.close()
-
-    def close(self) -> None:
-        """End it as its user would; whatever does not end is killed."""
-        if self._descriptor < 0:
-            return
-        self.hang_up()
-        self._connection.shutdown(socket.SHUT_WR)
-        if not self._ended_within(END_SECONDS):
-            self.signal(signal.SIGKILL)
-        self._reader.join(END_SECONDS)
-        self._answers.close()
-        self._connection.close()
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-    def _ended_within(self, seconds: float) -> bool:
-        return bool(select.select([self._descriptor], [], [], seconds)[0])
-
-
-Start = Callable[..., Forked]
-
-
-def starter(nursery: Child, folder: Path) -> Start:
-    """Starts processes of a role, with variables of their own."""
-
-    def start(role: str, env: dict[str, str], **arguments: Any) -> Forked:
-        address = tempfile.mktemp(dir=folder)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
-            listener.settimeout(END_SECONDS)
-            pid = nursery.call("fork", role=role, address=address, env=env, arguments=arguments)
-            connection, _ = listener.accept()
-        os.unlink(address)
-        return Forked(pid, connection)
-
-    return start
 
 
 class Fleet:
@@ -105,24 +34,23 @@ class Fleet:
 
     def __init__(
         self,
-        start: Start,
         folder: Path,
         *,
         num_replicas: int,
         hosts: Sequence[str] = ("a",),
         streamed: bool = False,
     ) -> None:
-        self.start, self.folder, self.hosts, self.streamed = start, folder, hosts, streamed
+        self.folder, self.hosts, self.streamed = folder, hosts, streamed
         self.sockets, self.state = folder / "s", folder / "state"
         self.addresses = {f"replica {n}": str(folder / f"r{n}") for n in range(num_replicas)}
         self._last_seed = 0
-        self.replicas: dict[str, Forked] = {}
-        self.ranks: list[Forked] = []
+        self.replicas: dict[str, Child] = {}
+        self.ranks: list[Child] = []
         self.link: Link | None = None  # from the other ranks to the first
         self.start_the_dead()
 
     @property
-    def trainer(self) -> Forked:
+    def trainer(self) -> Child:
         """The coordinator's process."""
         return self.ranks[0]
 
@@ -155,7 +83,7 @@ class Fleet:
         if known is not None:
             known.close()
         Path(address).unlink(missing_ok=True)
-        self.replicas[name] = self.start("replica", {}, name=name, seed=0, path=address)
+        self.replicas[name] = Child("faults/toy_replica.py", name, "0", address)
         wait_until(Path(address).exists)
 
     def start_dead_ranks(self, **env: str) -> None:
@@ -165,20 +93,21 @@ class Fleet:
                 rank.kill()
             self.ranks = self._start_ranks(env)
 
-    def make_trainer(self, folder: Path) -> Forked:
+    def make_trainer(self, folder: Path) -> Child:
         """Another trainer of these replicas, with a record of its own."""
-        env = {"CKPT_ENGINE_SOCKET_DIR": str(self.sockets), "CKPT_ENGINE_STATE_DIR": str(folder)}
-        return self.start("trainer", env)
+        return Child(
+            TRAINER,
+            CKPT_ENGINE_SOCKET_DIR=str(self.sockets),
+            CKPT_ENGINE_STATE_DIR=str(folder),
+        )
 
-    def make_joiner(self, folder: Path) -> Forked:
+    def make_joiner(self, folder: Path) -> Child:
         """A server on a host of its own, from which some replicas are joined to the trainer's."""
-        return self.start(
-            "trainer",
-            {
-                "CKPT_ENGINE_HOST": str(folder),
-                "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
-                "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
-            },
+        return Child(
+            TRAINER,
+            CKPT_ENGINE_HOST=str(folder),
+            CKPT_ENGINE_SOCKET_DIR=str(folder / "s"),
+            CKPT_ENGINE_STATE_DIR=str(folder / "state"),
         )
 
     def register(self) -> int:
@@ -228,7 +157,7 @@ class Fleet:
         """A new version to all; returns the outcome, None if the coordinator died."""
         return self.finish(self.begin(self.register(), **options))
 
-    def begin_by(self, rival: Forked, replicas: Sequence[str] = ()) -> int:
+    def begin_by(self, rival: Child, replicas: Sequence[str] = ()) -> int:
         """Let another trainer register a version and update some replicas, or all."""
         self._last_seed += 1
         rival.call("register", seed=self._last_seed)
@@ -236,7 +165,7 @@ class Fleet:
         arguments = {"seed": self._last_seed, "replicas": addresses, "timeout": TIMEOUT_SECONDS}
         return rival.send("update", **arguments)
 
-    def update_by(self, rival: Forked, replicas: Sequence[str] = ()) -> dict[str, Any]:
+    def update_by(self, rival: Child, replicas: Sequence[str] = ()) -> dict[str, Any]:
         outcome: dict[str, Any] = rival.result(self.begin_by(rival, replicas))
         return outcome
 
@@ -271,7 +200,7 @@ class Fleet:
         assert before == {name: replica.pid for name, replica in self.replicas.items()}
         self._check_nothing_left()
 
-    def go_on(self, processes: Iterable[Forked] = ()) -> None:
+    def go_on(self, processes: Iterable[Child] = ()) -> None:
         """Whoever was stopped goes on, and the link is up, now that deadlines have passed."""
         if self.link is not None:
             self.link.up()
@@ -302,7 +231,7 @@ class Fleet:
                 labels[name] = label
         return labels
 
-    def _served(self, name: str, replica: Forked) -> str | None:
+    def _served(self, name: str, replica: Child) -> str | None:
         info = self._settled(replica)
         if info["state"] == "torn":
             assert info["base"] is None
@@ -319,7 +248,7 @@ class Fleet:
         self._check_answer(replica, said)
         return said.label
 
-    def _settled(self, replica: Forked) -> dict[str, Any]:
+    def _settled(self, replica: Child) -> dict[str, Any]:
         """What it says of itself, once no update is under way there."""
         infos: list[dict[str, Any]] = []
 
@@ -330,7 +259,7 @@ class Fleet:
         wait_until(is_settled, "an update's end")
         return infos[-1]
 
-    def _ask(self, replica: Forked, do: str) -> Any:
+    def _ask(self, replica: Child, do: str) -> Any:
         """What it answers, even if a fault stops it at this moment."""
         number = replica.send(do)
 
@@ -341,7 +270,7 @@ class Fleet:
         wait_until(has_answered, "its answer")
         return replica.result(number)
 
-    def _check_answer(self, replica: Forked, said: Truth) -> None:
+    def _check_answer(self, replica: Child, said: Truth) -> None:
         answered = self._ask(replica, "ask")
         assert answered["label"] == said.label
         assert abs(answered["answer"] - said.answer) < 1e-3, "another version's weights answer"
@@ -367,18 +296,18 @@ class Fleet:
         found = [
             f"{name} holds {held}"
             for name, held in replicas.items()
-            # Its commands, its listener, and the lease of each map, which has a descriptor.
-            if held.num_sockets != 2 + held.num_maps
+            # Its listener, and the lease of each map, which has a descriptor.
+            if held.num_sockets != 1 + held.num_maps
             or held.num_memories != held.num_maps
             or held.num_files > 2  # of the version that is served, and of the one before
         ]
         if len(self.ranks) == 1:
             held = Holdings(self.trainer.pid)
             num_leases = sum(replica.num_maps for replica in replicas.values())
-            # Its commands, its door, the port where peers ask, that where they read if they ever
-            # did, and the other end of each lease; two descriptors a segment.
+            # Its door, the port where peers ask, that where they read if they ever did,
+            # and the other end of each lease; two descriptors a segment.
             num_own = held.num_sockets - num_leases
-            if num_own not in (3, 4) or held.num_memories != 2 * held.num_maps:
+            if num_own not in (2, 3) or held.num_memories != 2 * held.num_maps:
                 found.append(f"the trainer holds {held} for {num_leases} leases")
             if held.num_maps > MOST_SEGMENTS or held.num_files > 1:
                 found.append(f"the trainer holds {held}")
@@ -391,14 +320,14 @@ class Fleet:
         if self.link is not None:
             self.link.close()
 
-    def _start_ranks(self, env: dict[str, str]) -> list[Forked]:
+    def _start_ranks(self, env: dict[str, str]) -> list[Child]:
         env = {
             "CKPT_ENGINE_SOCKET_DIR": str(self.sockets),
             "CKPT_ENGINE_STATE_DIR": str(self.state),
             **env,
         }
         if len(self.hosts) == 1:
-            return [self.start("trainer", env)]
+            return [Child(TRAINER, **env)]
         port = free_port()
         if self.link is not None:
             self.link.close()
@@ -410,7 +339,7 @@ class Fleet:
             # A rank keeps to the port after the trainer's own.
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reached_at - 1)}
             env |= {"CKPT_ENGINE_SECRET": SECRET}
-            ranks.append(self.start("trainer", env))
+            ranks.append(Child(TRAINER, **env))
         return ranks
 
 

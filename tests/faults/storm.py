@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fleet import Fleet, starter
-
-from children import Child
+from fleet import Fleet
 
 NUM_REPLICAS = 3
 TIMEOUT_SECONDS = 0.8
@@ -117,10 +115,9 @@ def main() -> None:
     began = time.monotonic()
     numbers = range(options.faults) if options.only is None else [options.only]
     print(f"seed {options.seed}")
-    with Child("faults/nursery.py") as nursery:
-        fleet = Fleet(starter(nursery, folder), folder, num_replicas=NUM_REPLICAS)
-        storm(fleet, options.seed, numbers)
-        fleet.close()
+    fleet = Fleet(folder, num_replicas=NUM_REPLICAS)
+    storm(fleet, options.seed, numbers)
+    fleet.close()
     shutil.rmtree(folder)
     seconds = time.monotonic() - began
     print(f"{len(numbers)} faults in {seconds:.0f} s: every replica told the truth")

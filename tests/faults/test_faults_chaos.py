@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from chaos import HOSTS, NUM_REPLICAS, Chaos
-from fleet import Fleet, Start
+from fleet import Fleet
 
 SEED = 1
 SECONDS = 10.0
 
 
-def test_replicas_die_and_are_joined_while_their_trainer_updates_them(
-    start_toys: Start, short_folder: Path
-) -> None:
-    fleet = Fleet(start_toys, short_folder, num_replicas=NUM_REPLICAS, hosts=HOSTS)
+def test_replicas_die_and_are_joined_while_their_trainer_updates_them(short_folder: Path) -> None:
+    fleet = Fleet(short_folder, num_replicas=NUM_REPLICAS, hosts=HOSTS)
     chaos = Chaos(fleet, short_folder, SEED, SECONDS)
     chaos.run()
     fleet.close()

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import Fleet, Forked
+from fleet import Fleet
 from test_faults_replica import bring
 
-from children import wait_until
+from children import Child, wait_until
 
-Make = Callable[[], Forked]
+Make = Callable[[], Child]
 QUARANTINE: dict[str, Any] = {"on_failure": "quarantine", "min_replicas": 1}
 
 
 @pytest.fixture
 def make_joiner(fleet: Fleet, tmp_path: Path) -> Iterator[Make]:
-    made: list[Forked] = []
+    made: list[Child] = []
 
-    def make() -> Forked:
+    def make() -> Child:
         made.append(fleet.make_joiner(tmp_path))
         return made[-1]
 
@@ -30,12 +30,12 @@ def make_joiner(fleet: Fleet, tmp_path: Path) -> Iterator[Make]:
     assert list((tmp_path / "s").iterdir()) == []
 
 
-def begin_to_join(fleet: Fleet, joiner: Forked, name: str, metas: Any = None) -> int:
+def begin_to_join(fleet: Fleet, joiner: Child, name: str, metas: Any = None) -> int:
     metas = metas or fleet.trainer.call("metas")
     return joiner.send("join", metas=metas, replicas=[fleet.addresses[name]])
 
 
-def check_joined(fleet: Fleet, joiner: Forked, number: int, version: str) -> None:
+def check_joined(fleet: Fleet, joiner: Child, number: int, version: str) -> None:
     outcome = joiner.result(number)
     assert (outcome["outcome"], outcome["version"]) == ("published", version), outcome["error"]
     assert set(fleet.serving().values()) == {fleet.newest}

@@ -179,3 +179,7 @@ def main() -> None:
     trainer = Trainer()
     serve(trainer)
     trainer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from gpu_stream import weights
 
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.ps import ParameterServer
-from children import Child, call_all
+from children import Child, call_all, spawn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -33,7 +33,7 @@ class Pair:
 
     def new_rank(self, rank: int) -> Child:
         alone = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
-        return Child("gpu/gpu_stream.py", **alone, **self._environment)
+        return Child("gpu/gpu_stream.py", start=spawn, **alone, **self._environment)
 
     def meet(self, **settings: Any) -> None:
         settings = {"engine": self.engine, "settings": SETTINGS | settings}

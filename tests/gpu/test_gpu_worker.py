@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from checkpoint_engine.device_utils import device_uuid
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
-from children import Child, wait_until
+from children import Child, spawn, wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -27,7 +27,7 @@ SLACK_BYTES = 32 << 20  # torch has segments of 2 and of 20 MB for small tensors
 
 @pytest.fixture
 def engine(socket_folder: Path) -> Iterator[Child]:
-    with Child("gpu/gpu_engine.py") as child:
+    with Child("gpu/gpu_engine.py", start=spawn) as child:
         yield child
 
 

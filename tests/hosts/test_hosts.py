@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from network import Host, Network
 
-from children import Child, call_all, wait_until
+from children import Child, call_all, spawn, wait_until
 
 LAUNCHER_PORT = 29500
 SECRET = "of all ranks of these tests"
@@ -44,8 +45,11 @@ def start(network: Network, folder: Path) -> Iterator[Start]:
         ranks = [
             Child(
                 "ps/ps_rank.py",
-                inside=host.inside,
-                options=_torchrun(number, hosts) if launched else (),
+                start=partial(
+                    spawn,
+                    inside=host.inside,
+                    options=_torchrun(number, hosts) if launched else (),
+                ),
                 CKPT_ENGINE_SOCKET_DIR=str(folder / host.name[-1]),
                 CKPT_ENGINE_STATE_DIR=str(folder / f"state-{host.name[-1]}"),
                 CKPT_ENGINE_HOST=host.name,

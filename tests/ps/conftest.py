@@ -13,7 +13,6 @@ from ps_replicas import ReplicaProcess, save_model
 from ps_tools import EngineProcess
 
 from checkpoint_engine.ps import ParameterServer
-from replica_nursery import Nursery
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,7 +110,6 @@ def replica_pool(socket_folder: Path) -> Iterator[list[ReplicaProcess]]:
 @pytest.fixture
 def replicas(
     replica_pool: list[ReplicaProcess],
-    nursery: Nursery,
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[ReplicaProcess, ReplicaProcess]:
@@ -123,6 +121,6 @@ def replicas(
     replica_pool[:] = [replica for replica in replica_pool if replica.alive]
     while len(replica_pool) < 2:
         name = f"replica {time.monotonic_ns()}"
-        replica_pool.append(ReplicaProcess(nursery, model_folder, name))
+        replica_pool.append(ReplicaProcess(model_folder, name))
     assert all(replica.url for replica in replica_pool)
     return replica_pool[0], replica_pool[1]

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from children import TIMEOUT_SECONDS
-from replica_nursery import Nursery
+from nursery import fork_command
 
 START_SECONDS = 120.0
 PROMPT = [3, 1, 4, 1, 5]
@@ -71,12 +71,11 @@ def save_model(folder: Path, seed: int, vocab_size: int = 64) -> None:
 class ReplicaProcess:
     """A replica of the model in `folder`."""
 
-    def __init__(self, nursery: Nursery, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self._url = ""
-        self._process = nursery.start(
-            ["replica", "--model", str(folder), "--port", "0", "--name", name], dict(os.environ)
-        )
+        arguments = ["replica", "--model", str(folder), "--port", "0", "--name", name]
+        self._process = fork_command(arguments, os.environ)
 
     @property
     def url(self) -> str:

@@ -19,7 +19,6 @@ from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.update.streaming import check_modes
 from children import Child, call_all, free_port, wait_until
-from replica_nursery import Nursery
 
 Engines = tuple[EngineProcess, EngineProcess]
 Replicas = tuple[ReplicaProcess, ReplicaProcess]
@@ -279,10 +278,10 @@ RING_BYTES = 4 * (4 << 20)
 SLACK_BYTES = 32 << 20
 
 
-def test_memory_stays_within_the_ring(rank: Child, tmp_path: Path, nursery: Nursery) -> None:
+def test_memory_stays_within_the_ring(rank: Child, tmp_path: Path) -> None:
     """Peak memory of the server and of the replica; the same measure sees a staged version."""
     files = make_large(tmp_path)
-    replica = ReplicaProcess(nursery, tmp_path, "large")
+    replica = ReplicaProcess(tmp_path, "large")
     try:
         rises = {mode: rise(rank, replica, files[mode], mode) for mode in ("streamed", "staged")}
     finally:

@@ -13,7 +13,6 @@ from test_ps_streamed import MODEL_BYTES, RING_BYTES, SLACK_BYTES, make_large, m
 from checkpoint_engine.errors import UpdateFailed
 from checkpoint_engine.ps import ParameterServer
 from children import Child, free_port
-from replica_nursery import Nursery
 
 Engines = tuple[EngineProcess, EngineProcess]
 MakeServer = Callable[..., ParameterServer]
@@ -96,9 +95,9 @@ def test_wrong_bytes_of_the_only_peer_are_not_loaded(
     assert engines[0].weights == {}
 
 
-def test_memory_stays_within_the_ring(source: Child, tmp_path: Path, nursery: Nursery) -> None:
+def test_memory_stays_within_the_ring(source: Child, tmp_path: Path) -> None:
     files = make_large(tmp_path)
-    replica = ReplicaProcess(nursery, tmp_path, "large")
+    replica = ReplicaProcess(tmp_path, "large")
     port = str(free_port() - 1)
     joiner = Child("ps/ps_rank.py", RANK="0", WORLD_SIZE="1", MASTER_PORT=port)
     try:

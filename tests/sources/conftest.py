@@ -1,62 +1,40 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from children import TIMEOUT_SECONDS, Child, Talker, call_all, free_port
+from children import Child, call_all, free_port
 
-
-class Forked(Talker):
-    """A rank of a trainer, or an engine: see `train_rank.py`."""
-
-    def __init__(self, nursery: Child, role: str, environment: Mapping[str, str]) -> None:
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-            address = str(Path(folder) / "rank")
-            listener.bind(address)
-            listener.listen()
-            listener.settimeout(TIMEOUT_SECONDS)
-            nursery.call("fork", role=role, address=address, environment=dict(environment))
-            self._connection = listener.accept()[0]
-        super().__init__(self._connection.makefile("w"), self._connection.makefile("r"))
-
-    def close(self) -> None:
-        self._connection.shutdown(socket.SHUT_RDWR)
-        self._reader.join(TIMEOUT_SECONDS)
-        self.hang_up()
-        self._answers.close()
-        self._connection.close()
-
-
-Ranks = list[Forked]
+Ranks = list[Child]
 
 
 @pytest.fixture(scope="session")
-def start() -> Iterator[Callable[..., Forked]]:
-    """Starts processes that share a folder for their sockets."""
+def start() -> Iterator[Callable[..., Child]]:
+    """Starts processes that share a folder for their sockets: see `train_rank.py`."""
     folder, started = Path(tempfile.mkdtemp(prefix="ckpt-")), []
-    with Child("sources/train_rank.py") as nursery:
 
-        def start(role: str, **environment: str) -> Forked:
-            folders = {
-                "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
-                "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
-            }
-            started.append(Forked(nursery, role, {**environment, **folders}))
-            return started[-1]
+    def start(role: str, **environment: str) -> Child:
+        folders = {
+            "CKPT_ENGINE_SOCKET_DIR": str(folder / "s"),
+            "CKPT_ENGINE_STATE_DIR": str(folder / "state"),
+        }
+        started.append(Child("sources/train_rank.py", role, **environment, **folders))
+        return started[-1]
 
-        yield start
-        for process in started:
-            process.close()
+    yield start
+    for process in started:
+        process.hang_up()
+    for process in started:
+        process.close()
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
-def start_ranks(start: Callable[..., Forked]) -> Callable[[int], Ranks]:
+def start_ranks(start: Callable[..., Child]) -> Callable[[int], Ranks]:
     """Starts the ranks of one trainer, which have met."""
 
     def start_ranks(world_size: int) -> Ranks:
@@ -97,7 +75,7 @@ def serving(four: Ranks) -> Ranks:
 
 @pytest.fixture(scope="session")
 def publish(
-    serving: Ranks, start: Callable[..., Forked]
+    serving: Ranks, start: Callable[..., Child]
 ) -> Callable[[str], tuple[str, list[dict[str, str]]]]:
     """Brings a version to four engines; returns its digest, and what each was given."""
     engines = [start("engine") for _ in serving]

@@ -6,12 +6,10 @@ import itertools
 import os
 import re
 import signal
-import socket
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -268,31 +266,5 @@ def memory(entry: str) -> int:
     return next(int(line[1]) * 1024 for line in lines if line[0] == entry)
 
 
-class Nursery:
-    """Starts ranks and engines in no time: what they import is imported once, here."""
-
-    def fork(self, role: str, address: str, environment: dict[str, str]) -> int:
-        """The pid of a process that speaks through the socket at `address`."""
-        child = os.fork()
-        if child == 0:
-            live(role, address, environment)
-        return child
-
-
-def live(role: str, address: str, environment: dict[str, str]) -> NoReturn:
-    try:
-        os.environ.update(environment)
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(address)
-            sys.stdin, sys.stdout = connection.makefile("r"), connection.makefile("w")
-            serve(ROLES[role]())
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    serve(Nursery())
+    serve(ROLES[sys.argv[1]]())

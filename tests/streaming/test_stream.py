@@ -123,7 +123,7 @@ def test_a_receiver_that_dies_is_named_and_may_be_replaced(
     for rank, receives in ((ranks[1], first), (ranks[3], third)):
         with pytest.raises(RuntimeError, match="PeerLost: the sender gave up: rank 2 died"):
             rank.result(receives)
-    ranks[2]._process.wait(10)
+    ranks[2].process.wait(10)
     ranks[2] = crew.come_back(2, kind, 4, settings)
     check(ranks, 2)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transport_peer import pattern
 
-from children import Child, wait_until
+from children import Child, spawn, wait_until
 
 MIB = 1 << 20
 NUM_BYTES = 128 * MIB
@@ -26,7 +26,9 @@ class Parties:
 
     def __init__(self, transport: str, stack: ExitStack) -> None:
         def start() -> Child:
-            peer = Child("transport/transport_peer.py", CKPT_ENGINE_TRANSPORT=transport)
+            peer = Child(
+                "transport/transport_peer.py", start=spawn, CKPT_ENGINE_TRANSPORT=transport
+            )
             return stack.enter_context(peer)
 
         self.transport = transport
@@ -165,7 +167,7 @@ def test_only_one_library_is_loaded_and_processes_end_well(parties: Parties) -> 
     for child in (parties.reader, parties.second):
         child.hang_up()
         wait_until(lambda child=child: not child.alive, "the end")
-        assert child._process.returncode == 0
+        assert child.process.returncode == 0
 
 
 def test_a_third_party_adds_a_transport(tmp_path: Path) -> None:
