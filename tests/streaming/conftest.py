@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from stream_crew import Crew
 
+from checkpoint_engine import CheckpointEngineManager
 from children import Child
 
 
@@ -26,3 +29,16 @@ def crew(_crew: Crew) -> Iterator[Crew]:
 @pytest.fixture
 def meet(crew: Crew) -> Callable[..., list[Child]]:
     return crew.meet
+
+
+@pytest.fixture
+def manage(socket_folder: Path) -> Iterator[Callable[..., CheckpointEngineManager]]:
+    managers: list[CheckpointEngineManager] = []
+
+    def make(model: Any, sampler: Any) -> CheckpointEngineManager:
+        managers.append(CheckpointEngineManager(model, sampler, timeout_seconds=100))
+        return managers[-1]
+
+    yield make
+    for manager in reversed(managers):
+        manager.close()

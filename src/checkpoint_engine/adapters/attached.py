@@ -122,8 +122,10 @@ class AttachedAdapter:
             raise LacksBase(f"{version.label!r} is made for another base than is served here")
         with byte_workers(idle=True) as pool:
             content.verify(pool)
-        if not any(meta.name == CONFIG_NAME for meta in content.manifest.tensors):
+        tensors = dict(content.tensors())
+        if CONFIG_NAME not in tensors:
             raise AdapterError(f"{version.label!r} has no {CONFIG_NAME}: it is no adapter")
+        _settings(tensors[CONFIG_NAME])  # which is to fail before requests wait
         self._before = self._copied()
         return "snapshot"
 
@@ -177,7 +179,7 @@ class AttachedAdapter:
         """
         if self._changed:
             if self._before is None:
-                self.detach()
+                self.detach()  # what there is of it
             else:
                 tensors, config, digest = self._before
                 self._attach(tensors, config)
@@ -223,10 +225,9 @@ class AttachedAdapter:
         return copies, self._config, self._digest()
 
     def _attach(self, tensors: Tensors, config: torch.Tensor) -> None:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftModel
 
-        settings = json.loads(config.numpy().tobytes())
-        kind = PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+        kind = _settings(config)
         was_training = self._host.model.training
         active = list(self._peft().active_adapters) if self._peft() is not None else [self._name]
         if self._has() and not torch.equal(self._config, config):
@@ -262,10 +263,39 @@ class AttachedAdapter:
     def detach(self) -> None:
         """Take it off; the model is as it was before peft wrapped it if there is no other."""
         model = self._peft()
+        if model is None:
+            _unwrap(self._host.model)
+            return
         others = [name for name in model.peft_config if name != self._name]
         if not others:
             self._host.model = model.unload()
             return
         active = [name for name in model.active_adapters if name != self._name]
         model.base_model.set_adapter(active or others[:1])
-        model.delete_adapter(self._name)
+        if self._has():
+            model.delete_adapter(self._name)
+
+
+def _settings(config: torch.Tensor) -> Any:
+    """What peft makes of an adapter's configuration; raises AdapterError if it can make nothing."""
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise AdapterError(
+            f"this sampler cannot attach adapters: {error}; pip install 'ckpt-engine[lora]'"
+        ) from error
+    try:
+        settings = json.loads(config.numpy().tobytes())
+        return PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"peft here can make nothing of {CONFIG_NAME}: {error}") from error
+
+
+def _unwrap(model: torch.nn.Module) -> None:
+    """Take out layers that peft has put in before it failed; the base's own are within them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in tuple(model.modules()):
+        for name, layer in tuple(module.named_children()):
+            if isinstance(layer, BaseTunerLayer):
+                setattr(module, name, layer.get_base_layer())

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from checkpoint_engine.errors import SourceError, UsageError
 from checkpoint_engine.sources.saved import as_saved
@@ -43,6 +44,7 @@ __all__ = [
     "adapter_weights_of",
     "base_weights",
     "base_weights_of",
+    "base_writes",
     "merged_weights",
     "merged_weights_of",
 ]
@@ -127,6 +129,17 @@ def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:
     base = {_base_name(name): tensor for name, tensor in base.items()}
     weights = tied_weights(base, tied_names(found.get_base_model(), base))
     return as_saved(weights, found.get_base_model())
+
+
+def base_writes(model: torch.nn.Module) -> tuple[int, ...]:
+    """How often each tensor of the base was written to: while that is equal, so is the base.
+
+    Torch counts what is done in place. It does not see what is written through `.data`.
+    """
+    parts = (part for weight in base_weights_of(model) for part in weight.parts)
+    return tuple(
+        (part.to_local() if isinstance(part, DTensor) else part)._version for part in parts
+    )
 
 
 def merged_weights_of(

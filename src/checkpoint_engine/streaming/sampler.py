@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -44,6 +45,7 @@ from checkpoint_engine.update.session import Outcome
 __all__ = ["Ending", "Order", "Sampler", "SamplerSide", "Seats", "raise_failed"]
 
 CPU = torch.device("cpu")
+WEIGHTS = ""  # their seat, beside those of adapters, which have names
 PATIENCE = 4  # timeouts: all that happens between an order and its end has a deadline of its own
 
 
@@ -53,7 +55,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: "weights" of a whole model, "merged" with adapters, a "base" without, or an "adapter".
         version: what it is; of an adapter `parent` is the base that it is made for.
-        adapter: its name.
+        adapter: its name; of a base, that of the adapter for which it is sent.
     """
 
     kind: str
@@ -119,18 +121,21 @@ class SamplerSide:
         except CheckpointEngineError as error:
             raise UpdateFailed(f"nothing was changed: {error}") from error
         keys = self._scope()
+        cause: CheckpointEngineError | None = None
         try:
             outcome = self._take(keys, tensors)
         except BaseException as error:
             with contextlib.suppress(PeerLost, DeadlineExceeded):
                 withdraw(keys, error)
-            if isinstance(error, CheckpointEngineError):  # before anything was offered
-                raise UpdateFailed(f"nothing was changed: {error}") from error
-            raise
+            if not isinstance(error, CheckpointEngineError):
+                raise
+            cause = error  # before anything was offered
         try:
             with with_sender():
                 ending: Ending = decode(keys.get("end", PATIENCE * self._timeout_seconds), Ending)
         except CheckpointEngineError as error:
+            if cause is not None:
+                raise UpdateFailed(f"nothing was changed: {cause}") from cause
             raise UpdateFailed(f"{outcome.state} here, and no more is known: {error}") from error
         return ending
 
@@ -150,9 +155,7 @@ class SamplerSide:
             order = decode(keys.get("order", PATIENCE * self._timeout_seconds), Order)
         seat = self._seats.seat(order, sampler_name(keys.rank))
         outcome: Outcome = seat.take(held, lambda adapter: take_part(keys, adapter))
-        if outcome.state == "published":
-            self._seats.published(order)
-        elif outcome.state == "torn":
+        if outcome.state == "torn":
             self._seats.torn(order)
         return outcome
 
@@ -193,6 +196,7 @@ class Seats:
             seat = self._attached[order.adapter]
         seat.adapter.identity = Identity(replica=name, engine=name)
         seat.refusal = self._refusal(order)
+        seat.published = partial(self._published, order)
         return seat
 
     def _base(self) -> str | None:
@@ -204,48 +208,83 @@ class Seats:
                 "this sampler loads weights by itself, and has no model to which an adapter could "
                 "be attached; vLLM and SGLang take adapters by ParameterServer.update(lora=...)"
             )
-        if order.kind in ("weights", "merged") and self.adapters:
+        attached = self._all_attached()
+        if order.kind in ("weights", "merged") and attached:
             return (
-                f"adapters are attached here ({', '.join(self.adapters)}), and would be applied to "
-                "what was merged: take them off by detach_adapter(name), or sync with "
+                f"adapters are attached here ({', '.join(attached)}), and would be applied to what "
+                "was merged: take them off by detach_adapter(name), or sync with "
                 "merge_and_sync=False"
+            )
+        others = [name for name in self._on_another(order.version) if name != order.adapter]
+        if order.kind == "base" and others:
+            return (
+                f"adapters are attached here ({', '.join(others)}) that are made for another base: "
+                "take them off by detach_adapter(name) first"
             )
         return ""
 
-    def published(self, order: Order) -> None:
-        """This is what is served now."""
+    def _all_attached(self) -> list[str]:
+        return sorted({*self.adapters, *self._requests.torn} - {WEIGHTS})
+
+    def _on_another(self, base: Version) -> list[str]:
+        """The adapters that are not known to be for this base, if it is not served already."""
+        if base.digest == self._base():
+            return []
+        known = [name for name, one in self.adapters.items() if one.parent == base.digest]
+        return [name for name in self._all_attached() if name not in known]
+
+    def _published(self, order: Order) -> None:
+        """This is what is served now; requests wait still."""
         if order.kind == "adapter":
             self.adapters[order.adapter] = order.version
-        else:
-            self.version = order.version
+            self._requests.torn.discard(order.adapter)
+            return
+        if order.kind == "base":
+            for name in self._on_another(order.version):  # until the one comes that is for it
+                self._take_off(name)
+        self.version = order.version
+        self._requests.torn.discard(WEIGHTS)
 
     def torn(self, order: Order) -> None:
-        """What is served is no version."""
+        """What is served is no version; requests wait until it is mended."""
         if order.kind == "adapter":
             self.adapters.pop(order.adapter, None)
+            self._requests.torn.add(order.adapter)
         else:
             self.version = None
+            self._requests.torn.add(WEIGHTS)
 
     def detach(self, name: str) -> None:
-        """Take an adapter off.
+        """Take an adapter off; one that is torn, too, and then requests go on.
 
         Raises:
             UsageError: there is none of that name.
         """
-        if name not in self.adapters:
-            raise UsageError(f"no adapter {name!r} is attached; there are {list(self.adapters)}")
-        adapter = self._attached.pop(name).adapter
+        if name not in self._all_attached():
+            raise UsageError(f"no adapter {name!r} is attached; there are {self._all_attached()}")
+        self._take_off(name)
+        self._requests.release()
+
+    def _take_off(self, name: str) -> None:
+        adapter = self._attached[name].adapter
         assert isinstance(adapter, AttachedAdapter), "an adapter's seat"
         adapter.detach()
-        del self.adapters[name]
+        del self._attached[name]
+        self.adapters.pop(name, None)
+        self._requests.torn.discard(name)
 
 
 class _Requests:
-    """A sampler's. A seat that is torn leaves them held, and any that is mended lets them go."""
+    """A sampler's.
+
+    Attributes:
+        torn: whose seats are; while there are any, requests are held.
+    """
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
         self._are_held = False
+        self.torn: set[str] = set()
 
     def hold(self, timeout_seconds: float) -> None:
         """Stop them, unless they are."""
@@ -254,10 +293,10 @@ class _Requests:
             self._are_held = True
 
     def release(self) -> None:
-        """Let them go on, if they were held here."""
-        if self._are_held:
+        """Let them go on, if they were held here and may."""
+        if self._are_held and not self.torn:
+            self._are_held = False  # even if this fails: who writes next is to hold them again
             self._sampler.release_requests()
-            self._are_held = False
 
 
 class Seat:
@@ -269,6 +308,7 @@ class Seat:
     def __init__(self, adapter: Adapter, requests: _Requests) -> None:
         self.adapter, self._requests = adapter, requests
         self.refusal = ""
+        self.published: Callable[[], None] = lambda: None
         self._offered: Held | None = None
         self._served: Held | None = None
 
@@ -303,6 +343,11 @@ class Seat:
         """Stop requests."""
         self._requests.hold(timeout_seconds)
         self.adapter.pause(timeout_seconds)
+
+    def publish(self) -> None:
+        """It is what is served."""
+        self.adapter.publish()
+        self.published()
 
     def resume(self) -> None:
         """Let requests go on."""
@@ -349,15 +394,23 @@ class _Loader:
         given = {live[name].data_ptr() for name, _ in named if name in live}
         missing = [name for name, tensor in live.items() if tensor.data_ptr() not in given]
         for name, tensor in named:
-            if name not in live or live[name].shape != tensor.shape:
-                raise AdapterError(f"the model has no {name!r} of shape {list(tensor.shape)}")
+            of_it = (tensor.shape, tensor.dtype)
+            if name not in live or (live[name].shape, live[name].dtype) != of_it:
+                raise AdapterError(
+                    f"the model has no {name!r} of shape {list(tensor.shape)} and {tensor.dtype}"
+                )
         if missing:
             raise AdapterError(f"the version lacks {missing[0]!r}")
         for name, tensor in named:
             live[name].copy_(tensor)
         for name, tensor in named:
-            if not torch.equal(live[name].cpu(), tensor.to(live[name].dtype)):
+            if not torch.equal(_bytes(live[name].cpu()), _bytes(tensor)):
                 raise VerificationError(f"{name!r} is live with other values than were sent")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Of which, unlike of numbers, all are equal to themselves."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _weights_adapter(sampler: Sampler) -> Adapter:

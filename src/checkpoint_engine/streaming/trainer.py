@@ -11,8 +11,9 @@ that depends on what samplers serve: an adapter's base is sent before it to thos
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -27,7 +28,12 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.sources.lora import adapter_weights, base_weights, merged_weights
+from checkpoint_engine.sources.lora import (
+    adapter_weights,
+    base_weights,
+    base_writes,
+    merged_weights,
+)
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
 from checkpoint_engine.sources.training import inner_model, named_weights
 from checkpoint_engine.streaming.base import StreamReport
@@ -53,6 +59,13 @@ class _Step(msgspec.Struct, frozen=True, kw_only=True):
     ending: Ending | None = None
 
 
+class _Base(NamedTuple):
+    """The base that every sampler serves, and how often it had been written to when it was sent."""
+
+    digest: str
+    num_writes: tuple[int, ...]
+
+
 class TrainerSide:
     """The first process of a trainer. Borrows the engine, which has met the samplers."""
 
@@ -62,7 +75,7 @@ class TrainerSide:
         self._timeout_seconds = engine.link.settings.timeout_seconds
         self._past: list[Rendezvous] = []
         self._num_syncs = 0
-        self._base: Version | None = None
+        self._base: _Base | None = None
 
     def sync(
         self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
@@ -103,38 +116,40 @@ class TrainerSide:
     def _send(
         self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Log
     ) -> Ending:
+        step = _Step(kind=kind, adapter=adapter)
         if kind != "adapter":
-            return self._one(model, kind, "", label, steps, more=False)
-        for _ in range(2):
-            if self._base is None:
-                of_base = f"{label}-base" if label else ""
-                ending = self._one(model, "base", "", of_base, steps, more=True)
-                if not ending.more:
-                    return ending
-            ending = self._one(model, kind, adapter, label, steps, more=False)
+            return self._one(model, step, label, steps)
+        if self._base is not None and self._base.num_writes == base_writes(model):
+            ending = self._one(model, step, label, steps, more=_lacks_base)
             if not ending.more:
                 return ending
-            self._base = None  # a sampler was started anew, or has served something else since
-        return msgspec.structs.replace(ending, more=False)
+        of_base = f"{label}-base" if label else ""
+        of_it = _Step(kind="base", adapter=adapter)
+        ending = self._one(model, of_it, of_base, steps, more=_is_published)
+        return self._one(model, step, label, steps) if ending.more else ending
 
     def _one(
-        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Log, *, more: bool
+        self,
+        model: torch.nn.Module,
+        step: _Step,
+        label: str,
+        steps: Log,
+        *,
+        more: Callable[[Report], bool] = lambda report: False,
     ) -> Ending:
-        """Send one version. `more`: whether another is to follow if it is served."""
-        step = _Step(kind=kind, adapter=adapter)
+        """Send one version. `more`: whether another follows, which the samplers are told."""
+        num_writes = base_writes(model) if step.kind == "base" else ()
         sent = self._stream(self._announced(model, step, steps), label)
-        parent = self._base.digest if kind == "adapter" and self._base else None
+        parent = self._base.digest if step.kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
-        order = Order(kind=kind, version=version, adapter=adapter)
+        order = Order(kind=step.kind, version=version, adapter=step.adapter)
         keys = self._scope(f"sync {self._engine.link.number}")
         keys.put("order", msgspec.msgpack.encode(order))
         report = conduct(keys, version, sent.num_bytes, self._engine.lost, self._timeout_seconds)
-        if kind == "adapter":
-            is_again = report.reason is not None and report.reason.type == LacksBase.__name__
-        else:
-            is_again = more and report.outcome == "published"
-            self._base = version if report.outcome == "published" else None
-        ending = Ending(report=report, more=is_again)
+        if step.kind != "adapter" and _is_published(report):
+            is_base = step.kind == "base"  # to what was merged, an adapter would be applied twice
+            self._base = _Base(version.digest, num_writes) if is_base else None
+        ending = Ending(report=report, more=more(report))
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
 
@@ -151,10 +166,12 @@ class TrainerSide:
 
         try:
             sent = blocking(send())
-        except CheckpointEngineError as error:
+        except Exception as error:
             if weights.has_begun:  # the trainer's other processes go on making them
-                for _ in weights:
-                    pass
+                with contextlib.suppress(Exception):  # of which this one is the first
+                    deque(weights, maxlen=0)
+            if not isinstance(error, CheckpointEngineError):
+                raise
             raise UpdateFailed(f"nothing was changed: {error}") from error
         assert sent is not None, "rank 0 sends"
         return sent
@@ -165,6 +182,15 @@ class TrainerSide:
             self._past.pop(0).clear()
         self._past.append(keys)
         return keys
+
+
+def _is_published(report: Report) -> bool:
+    return report.outcome == "published"
+
+
+def _lacks_base(report: Report) -> bool:
+    """A sampler was started anew, or has served something else since."""
+    return report.reason is not None and report.reason.type == LacksBase.__name__
 
 
 class _Weights:
