@@ -12,9 +12,10 @@ from __future__ import annotations
 import ast
 import atexit
 import functools
-import importlib
+import gc
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -110,6 +111,7 @@ def main() -> None:
                 return
             job = json.loads(message)
             import_what_it_imports(HERE / job["script"])
+            gc.freeze()  # a child has nothing to collect of what it begins with
             if os.fork() == 0:
                 own = os.pidfd_open(os.getpid())
                 socket.send_fds(control, [str(os.getpid()).encode()], [own])
@@ -124,15 +126,15 @@ def import_what_it_imports(script: Path) -> None:
     """But for modules of the tests, which may mean something else in another room."""
     for statement in ast.parse(script.read_bytes()).body:
         if isinstance(statement, ast.ImportFrom):
-            names = [statement.module or ""]
+            names = [f"{statement.module}.{alias.name}" for alias in statement.names]
         elif isinstance(statement, ast.Import):
             names = [alias.name for alias in statement.names]
         else:
             continue
         for name in names:
             package = name.partition(".")[0]
-            if not any(folder.glob(f"{package}.py") for folder in (HERE, script.parent)):
-                importlib.import_module(name)
+            if not any((folder / f"{package}.py").exists() for folder in (HERE, script.parent)):
+                pkgutil.resolve_name(name)
 
 
 def live(
