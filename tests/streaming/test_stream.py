@@ -102,9 +102,15 @@ def test_who_never_comes_is_named_on_both_sides(meet: Meet, kind: str) -> None:
         ranks[2].call("receive", seed=1)
 
 
-@pytest.mark.parametrize("kind", ["gloo", "shm"])
 @pytest.mark.parametrize(
-    "dies", [{"die_after": 2}, {"die_joining": True}], ids=["receiving", "joining"]
+    ("kind", "dies"),
+    [
+        ("gloo", {"die_after": 2}),
+        ("gloo", {"die_joining": True}),
+        ("gloo", {"die_connecting": True}),
+        ("shm", {"die_after": 2}),
+        ("shm", {"die_joining": True}),
+    ],
 )
 def test_a_receiver_that_dies_is_named_and_may_be_replaced(
     crew: Crew, kind: str, dies: dict[str, int]

@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
@@ -34,6 +35,8 @@ from checkpoint_engine.transport.rendezvous import Rendezvous
 __all__ = ["BACKENDS", "Collective"]
 
 POLL_SECONDS = 1e-4
+MAKE_POLL_SECONDS = 0.05
+MAKE_SECONDS = 5.0  # for gloo to say itself what its timeout was over for
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # whose monitor ends the process, too
@@ -211,7 +214,24 @@ def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
-    return ProcessGroupGloo(store, index, size, options)
+    # Connecting to a member that has died, gloo waits several timeouts, and nothing ends that.
+    made: Future[Any] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(ProcessGroupGloo(store, index, size, options))
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="ckpt-connect", daemon=True).start()
+    deadline = time.monotonic() + timeout.total_seconds() + MAKE_SECONDS
+    while not made.done():
+        wait([made], MAKE_POLL_SECONDS)
+        if store.is_closed:
+            raise TransferError("the group was abandoned while it was made")
+        if time.monotonic() > deadline:
+            raise TransferError(f"it was not made in {timeout.total_seconds():.0f} s")
+    return made.result()
 
 
 def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:

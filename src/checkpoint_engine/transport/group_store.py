@@ -47,6 +47,11 @@ class GroupStore(Store):
         """The longest wait for a key, unless a call says else."""
         return self._timeout
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is set or waited for."""
+        return self._is_closed
+
     def set_timeout(self, timeout: timedelta) -> None:
         """Change that."""
         self._timeout = timeout
