@@ -23,14 +23,35 @@ import platform
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from types import ModuleType
 
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["DeviceManager", "device_uuid", "get_ip", "local_index", "npu_generate_uuid"]
+__all__ = [
+    "DeviceManager",
+    "device_uuid",
+    "get_ip",
+    "local_index",
+    "npu_generate_uuid",
+    "same_stream",
+]
 
 MAX_NUM_NPUS = 8  # NPU cards of one host; each carries one or two chips
 NPU_SMI_TIMEOUT_SECONDS = 30.0
+
+
+def same_stream() -> Callable[[], None]:
+    """What another thread calls to work on this one's device, behind what is queued there now.
+
+    A thread begins on the default stream of the first device.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        return lambda: None
+    stream = torch.accelerator.current_stream()
+    return lambda: torch.accelerator.set_stream(stream)  # and its device
 
 
 class DeviceManager:

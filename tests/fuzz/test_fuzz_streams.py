@@ -48,7 +48,7 @@ for name, tensor in {"a": torch.arange(40), "b": torch.ones(3, 5).bfloat16()}.it
     weight = weight_of(name, tensor)
     PACKED.put(weight, 0, len(weight.data))
 BUCKET = PACKED.closed()
-SAID = [Plan(bucket_bytes=4 << 20, way="w"), BUCKET, End("v", "d", 2), Over(), FAILED]
+SAID = [Plan(bucket_bytes=4 << 20, way="w", world_size=2), BUCKET, End("v", "d", 2), Over(), FAILED]
 ANSWERED = [Ready(1, 0), Done(1, "d"), FAILED]
 
 

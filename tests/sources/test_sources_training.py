@@ -126,6 +126,18 @@ def test_ranks_that_ask_for_different_weights_are_told(two: Ranks) -> None:
             rank.result(number)
 
 
+def test_ranks_of_a_mesh_that_say_different_things_are_told_at_once(four: Ranks) -> None:
+    """Also those that share no row or column with the one that differs."""
+    said = ["same", "same", "else", "same"]
+    numbers = [
+        rank.send("agree", mesh=(2, 2), said=one) for rank, one in zip(four, said, strict=True)
+    ]
+    for rank, number in zip(four, numbers, strict=True):
+        with pytest.raises(RuntimeError, match=r"SourceError: rank . does not give the same"):
+            rank.result(number)
+    call_all(four, "agree", mesh=(2, 2), said="same")
+
+
 # The trainer's ranks are the parameter server's
 
 

@@ -35,6 +35,7 @@ from checkpoint_engine.sources import (
     training,
     weights_of,
 )  # fmt: skip
+from checkpoint_engine.sources.sharded import agree
 from checkpoint_engine.worker import update_weights_from_ipc
 from children import commands, say, serve
 
@@ -83,6 +84,10 @@ class Rank:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.model(torch.arange(3)).sum().backward()
         optimizer.step()
+
+    def agree(self, mesh: list[int], said: str) -> None:
+        """Whether all ranks of a mesh say the same."""
+        agree(init_device_mesh("cpu", tuple(mesh)), said.encode(), timeout_seconds=1000.0)
 
     def look(self) -> None:
         """A forward pass, after which the root stays gathered."""

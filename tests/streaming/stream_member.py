@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from checkpoint_engine.streaming import new_engine
+from checkpoint_engine.streaming.messages import Ear
 from checkpoint_engine.transport.group_store import GroupStore
 from children import say, serve
 
@@ -73,12 +74,16 @@ class Member:
         scribble: bool = False,
         die_joining: bool = False,
         die_connecting: bool = False,
+        say_joining: bool = False,
         **sizes: int,
     ) -> Any:
         """Compare what comes with what was to come; returns what it was."""
         expected = weights(seed, **sizes)
         if die_joining:  # it has said hello, and the others meet it in the group, as they think
             self._engine.link.carrier.join = lambda *_: os._exit(9)
+        if say_joining:  # it has said hello, and hears nothing yet
+            hear = Ear.next
+            Ear.next = lambda ear, seconds: (say(event="joining"), hear(ear, seconds))[1]
         if die_connecting:  # it has told where it listens, and there they find nobody
             tell = GroupStore.set
             GroupStore.set = lambda *entry: (tell(*entry), os._exit(9))

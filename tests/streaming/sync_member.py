@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from checkpoint_engine import CheckpointEngineManager
 from checkpoint_engine.adapters import transformers as adapter
-from checkpoint_engine.streaming import transaction
+from checkpoint_engine.streaming import sending, transaction
 from checkpoint_engine.update.protocol import Decision
 from children import serve
 
@@ -89,6 +89,15 @@ class Member:
             os.kill(os.getpid(), signal.SIGKILL)
 
         adapter.write = fatal
+
+    def fail_packing(self) -> None:
+        """With an error that is not of this package, when others are in a collective."""
+
+        def fail(*_: Any) -> None:
+            sending.weight_of = weight_of
+            raise MemoryError("no memory for a copy")
+
+        weight_of, sending.weight_of = sending.weight_of, fail
 
     def die_when_received(self) -> None:
         """With the first tensor, when others are still to be made."""

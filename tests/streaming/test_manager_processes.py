@@ -140,6 +140,19 @@ def test_a_sampler_that_dies_while_it_receives_does_not_stop_the_training(fleet:
     assert [report["outcome"] for report in fleet.sync("step-2")] == ["published"] * 5
 
 
+def test_any_error_of_the_first_process_ends_the_others_collectives(fleet: Fleet) -> None:
+    fleet.begin("large")
+    before = call_all(fleet.samplers, "weights")
+    fleet.trainers[0].call("fail_packing")
+    said = fleet.sync("step-1")
+    assert said[0] == "MemoryError: no memory for a copy"
+    assert said[1] == "UpdateFailed: no memory for a copy"
+    for one in said[2:]:
+        assert one.startswith("UpdateFailed: nothing was changed: the sender gave up: ")
+    assert call_all(fleet.samplers, "weights") == before
+    assert [report["outcome"] for report in fleet.sync("step-2")] == ["published"] * 5
+
+
 def test_a_sampler_that_cannot_meet_does_not_stop_the_training(fleet: Fleet) -> None:
     fleet.begin("plain", engine="shm")
     for one in fleet.sync("step-1"):

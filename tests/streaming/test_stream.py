@@ -135,6 +135,31 @@ def test_a_receiver_that_dies_is_named_and_may_be_replaced(
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_a_receiver_that_dies_while_another_is_awaited_is_named(crew: Crew, kind: str) -> None:
+    settings = {**SMALL, "timeout": 1000}  # longer than a test may take
+    ranks = crew.meet(kind, 3, settings)
+    sent = ranks[0].send("send", seed=1)
+    ranks[1].send("receive", seed=1, say_joining=True)
+    ranks[1].wait_for("joining")
+    ranks[1].kill()
+    with pytest.raises(RuntimeError, match="PeerLost: rank 1 died"):
+        ranks[0].result(sent)
+    ranks[1] = crew.come_back(1, kind, 3, settings)
+    check(ranks, 2)
+
+
+def test_another_world_size_is_told(crew: Crew) -> None:
+    ranks = crew.meet("gloo", 2, SMALL)
+    ranks[1].call("finalize")
+    crew.come_back(1, "gloo", 3, SMALL)
+    receives = ranks[1].send("receive", seed=1)
+    with pytest.raises(RuntimeError, match="rank 1 gave up: world_size is 2 at rank 0, and 3 here"):
+        ranks[0].call("send", seed=1)
+    with pytest.raises(RuntimeError, match="UsageError: world_size is 2 at rank 0, and 3 here"):
+        ranks[1].result(receives)
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
 def test_a_sender_that_dies_is_noticed(crew: Crew, kind: str) -> None:
     ranks = crew.meet(kind, 3, SMALL)
     ranks[0].send("send", seed=1, die_after=6)

@@ -14,7 +14,13 @@ import torch
 from stream_weights import MIB, equal, weights
 
 import checkpoint_engine
-from checkpoint_engine.errors import SourceError, UsageError, VerificationError
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    PeerLost,
+    SourceError,
+    UsageError,
+    VerificationError,
+)
 from checkpoint_engine.streaming import (
     CheckpointEngine,
     CudaIpcCheckpointEngine,
@@ -22,11 +28,14 @@ from checkpoint_engine.streaming import (
     HCCLCheckpointEngine,
     NCCLCheckpointEngine,
     SharedMemoryCheckpointEngine,
+    cuda_ipc,
     engine_class,
     engine_names,
     names,
     new_engine,
+    receiving,
 )
+from checkpoint_engine.streaming import engine as engine_module
 from checkpoint_engine.streaming.carriers import NUM_SLOTS
 from checkpoint_engine.streaming.messages import Ear
 
@@ -394,3 +403,151 @@ def test_engines_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_have_public_names() -> None:
     assert checkpoint_engine.GlooCheckpointEngine is GlooCheckpointEngine
     assert checkpoint_engine.CheckpointEngine is CheckpointEngine
+
+
+def failing(pair: Pair, sent: Any, **options: Any) -> list[BaseException]:
+    """What both ends raise."""
+
+    async def both() -> Any:
+        return await asyncio.gather(
+            pair[0].send_weights(sent, **options), received(pair[1]), return_exceptions=True
+        )
+
+    return asyncio.run(both())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("sent", "label", "words"),
+    [(weights(1), 7, "label=7 is no text"), (iter(()), "step-1", "there is no tensor to send")],
+)
+def test_what_is_no_version_is_told_at_both_ends(
+    pair: Pair, sent: Any, label: Any, words: str
+) -> None:
+    at_sender, at_receiver = failing(pair, sent, label=label)
+    assert words in str(at_sender)
+    assert f"the sender gave up: {at_sender}" in str(at_receiver)
+    assert type(at_sender) is type(at_receiver)
+    assert len(sync(pair, weights(1))[1]) == len(weights(1))
+
+
+@pytest.mark.parametrize("how", ["fails", "breaks"])
+def test_a_sampler_whose_loop_was_left_may_begin_another(pair: Pair, how: str) -> None:
+    """Asyncio closes the generator a moment later, which is when the sender hears of it."""
+
+    async def consume() -> None:
+        try:
+            async for _ in pair[1].receive_weights():
+                if how == "fails":
+                    raise RuntimeError("size mismatch")
+                break
+        except RuntimeError:
+            pass
+
+    async def left_and_again() -> Any:
+        sending = asyncio.create_task(pair[0].send_weights(weights(1)))
+        await consume()
+        again = asyncio.create_task(received(pair[1], copy=True))
+        failed = (await asyncio.gather(sending, return_exceptions=True))[0]
+        await pair[0].send_weights(weights(2))
+        return failed, await again
+
+    failed, found = asyncio.run(left_and_again())
+    assert "rank 1 gave up: its consumer left before the last tensor" in str(failed)
+    assert all(equal(found[name], tensor) for name, tensor in weights(2).items())
+
+
+def test_a_loop_that_is_left_when_the_engine_has_ended_ends_quietly(socket_folder: Path) -> None:
+    trainer, sampler = connected(GlooCheckpointEngine)
+
+    async def leave() -> None:
+        sending = asyncio.create_task(trainer.send_weights(weights(1)))
+        stream = sampler.receive_weights()
+        await anext(stream)
+        await asyncio.get_running_loop().run_in_executor(None, sampler.finalize)
+        await stream.aclose()
+        with pytest.raises(PeerLost):
+            await sending
+
+    asyncio.run(leave())
+    trainer.finalize()
+
+
+def test_parts_of_a_large_tensor_have_each_their_time(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "CAUSE_SECONDS", 0.1)
+    pair = connected(GlooCheckpointEngine, timeout=2)
+    carrier = pair[0].link.carrier
+    send = carrier.send
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return send(*arguments)
+
+    monkeypatch.setattr(carrier, "send", slowly)
+    large = torch.arange(12 * MIB, dtype=torch.int32)  # 12 buckets, 3.6 seconds
+    _, found = sync(pair, {"large": large})
+    assert torch.equal(found["large"], large)
+    for engine in reversed(pair):
+        engine.finalize()
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"master_port": 1}, {"master_addr": "a", "master_port": "b"}, [1]]
+)
+def test_metadata_that_is_none_is_refused(metadata: Any) -> None:
+    with pytest.raises(UsageError, match=r"not what the master's prepare\(\) returned"):
+        GlooCheckpointEngine().init_process_group(rank=1, world_size=2, master_metadata=metadata)
+
+
+def test_a_meeting_that_failed_is_no_meeting(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"bucket_size": 4 * MIB, "timeout": 20}
+    trainer = GlooCheckpointEngine(**settings, is_master=True)
+    sampler = GlooCheckpointEngine(**settings)
+    metadata = trainer.prepare()
+    trainer.init_process_group(rank=0, world_size=2)
+
+    def fail(*_: Any) -> None:
+        raise UsageError("cannot listen there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "Presence", fail)
+        with pytest.raises(UsageError, match="cannot listen there"):
+            sampler.init_process_group(rank=1, world_size=2, master_metadata=metadata)
+    sampler.init_process_group(rank=1, world_size=2, master_metadata=metadata)
+    assert len(sync((trainer, sampler), weights(1))[1]) == len(weights(1))
+    sampler.finalize()
+    trainer.finalize()
+
+
+def test_a_master_that_cannot_leave_its_secret_listens_no_more(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port - 2))
+    socket_folder.mkdir(mode=0o755)
+    engine = GlooCheckpointEngine(is_master=True)
+    with pytest.raises(CheckpointEngineError, match=str(socket_folder)):
+        engine.prepare()
+    socket_folder.chmod(0o700)
+    engine.prepare()  # at the same port
+    engine.finalize()
+
+
+def test_rings_that_no_receiver_has_open_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what a ring is made of is its carrier's least concern."""
+    monkeypatch.setattr(cuda_ipc, "device_uuid", lambda *_: "GPU")
+    handles = iter(bytes([number]) * 64 for number in range(9))
+    monkeypatch.setattr(cuda_ipc.cuda, "share", lambda size, _: (torch.empty(size), next(handles)))
+    rings: dict[str, torch.Tensor] = {}
+    carrier = cuda_ipc._CudaMemory(torch.device("cuda", 0), rings)
+    first = carrier.plan("stream-1", [""], 1024, rebuild=True)
+    for number in range(2, 6):  # cycles that fail before the first bucket
+        kept = [first] if number < 4 else [""]
+        way = carrier.plan(f"stream-{number}", kept, 1024, rebuild=True)
+        assert list(rings)[-1] == way
+        assert (first in rings) == (number < 4)
+        assert len(rings) <= 3
+    assert len(rings) == 2

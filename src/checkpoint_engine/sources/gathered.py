@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from checkpoint_engine.device_utils import same_stream
 from checkpoint_engine.errors import DeadlineExceeded, SourceError
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.plan.layout import TensorSpec
@@ -64,9 +65,7 @@ class GatheredSource:
         self._closed = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
-        # A thread begins on the first device, whatever this rank's is.
-        has_device = torch.accelerator.is_available()
-        self._device = torch.accelerator.current_device_index() if has_device else None
+        self._enter_stream = same_stream()
 
     @property
     def files(self) -> None:
@@ -138,8 +137,7 @@ class GatheredSource:
 
     def _run(self) -> None:
         try:
-            if self._device is not None:
-                torch.accelerator.set_device_index(self._device)
+            self._enter_stream()
             self._gather()
         except Exception as error:
             with self._changed:

@@ -124,17 +124,22 @@ def agree(mesh: DeviceMesh, digest: bytes, *, timeout_seconds: float) -> None:
         SourceError: one gives another digest.
         TransferError: one died, or did not come in time.
     """
-    said = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(mesh.device_type)
+    other = -1  # a rank that says something else; told on to those who share no group with it
     for group in mesh.get_all_groups():
+        own = digest + other.to_bytes(4, "little", signed=True)
+        said = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(mesh.device_type)
         heard = _exchange(group, said, None, timeout_seconds)
         assert heard is not None
-        others = heard.view(group.size(), -1).ne(said).any(dim=1).nonzero().flatten().tolist()
-        if others:
-            rank = dist.get_global_rank(group, others[0])
-            raise SourceError(
-                f"rank {rank} does not give the same weights as rank {dist.get_rank()}: every rank "
-                "must ask for the same names, with equal shapes, dtypes and placements"
-            )
+        for index, row in enumerate(heard.view(group.size(), -1).cpu().numpy()):
+            found = int.from_bytes(row[-4:].tobytes(), "little", signed=True)
+            if row[:-4].tobytes() != digest:
+                found = dist.get_global_rank(group, index)
+            other = found if other < 0 else other
+    if other >= 0:
+        raise SourceError(
+            f"rank {other} does not give the same weights as rank {dist.get_rank()}: every rank "
+            "must ask for the same names, with equal shapes, dtypes and placements"
+        )
 
 
 def _in_order_of_sharding(tensor: DTensor) -> list[tuple[int, int]]:

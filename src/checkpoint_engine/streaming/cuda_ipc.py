@@ -59,7 +59,7 @@ class CudaIpcCheckpointEngine(StreamingEngine):
                 "SharedMemoryCheckpointEngine on one host"
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._rings: list[torch.Tensor] = []
+        self._rings: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def make_carrier(self, rendezvous: Rendezvous) -> Carrier:
@@ -76,29 +76,31 @@ class _CudaMemory(RingCarrier):
 
     Args:
         device: this process's.
-        rings: the sender's, of which receivers may have any open; the last is in use.
+        rings: the sender's by the way to each, of which receivers may have any open; the last is
+            in use.
     """
 
     between_hosts = "NCCLCheckpointEngine"
 
-    def __init__(self, device: torch.device, rings: list[torch.Tensor]) -> None:
+    def __init__(self, device: torch.device, rings: dict[str, torch.Tensor]) -> None:
         self._device, self._rings = device, rings
         self._opened: torch.Tensor | None = None
-        self._way = _Way("", b"", 0)
 
     def plan(self, name: str, kept: Sequence[str], bucket_bytes: int, *, rebuild: bool) -> str:
         """The ring of before, if it is large enough."""
+        for way in [way for way in list(self._rings)[:-1] if way not in kept]:
+            del self._rings[way]
         if not self._rings or self.slot_bytes < bucket_bytes or rebuild:
             self.slot_bytes = align(bucket_bytes)
             ring, handle = cuda.share(NUM_SLOTS * self.slot_bytes, self._device)
-            self._rings.append(ring)
-            self._way = _Way(device_uuid("cuda", self._device.index), handle, self.slot_bytes)
-        return msgspec.json.encode(self._way).decode()
+            of_it = _Way(device_uuid("cuda", self._device.index), handle, self.slot_bytes)
+            self._rings[msgspec.json.encode(of_it).decode()] = ring
+        return list(self._rings)[-1]
 
     def ring(self) -> torch.Tensor:
         """The sender's own, or what a receiver has opened."""
         if self._rings:
-            return self._rings[-1]
+            return list(self._rings.values())[-1]
         if self._opened is None:
             raise TransferError("the sender's memory was let go of meanwhile")
         return self._opened
@@ -109,10 +111,10 @@ class _CudaMemory(RingCarrier):
             return
         self.close()
         try:
-            self._way = msgspec.json.decode(way, type=_Way)
-            self.slot_bytes = self._way.slot_bytes
+            told = msgspec.json.decode(way, type=_Way)
+            self.slot_bytes = told.slot_bytes
             num_bytes = NUM_SLOTS * self.slot_bytes
-            self._opened = cuda.opened(self._way.handle, num_bytes, _device_of(self._way.uuid))
+            self._opened = cuda.opened(told.handle, num_bytes, _device_of(told.uuid))
         except MALFORMED as error:
             raise ProtocolError(f"a malformed way: {error}") from error
         except HandoverError as error:
@@ -124,7 +126,8 @@ class _CudaMemory(RingCarrier):
     ) -> Landed:
         """It is where it belongs already."""
         landed = super().send(data, wait_ready, timeout_seconds)
-        del self._rings[:-1]  # everybody has joined, and so closed the rings of before
+        for way in list(self._rings)[:-1]:  # everybody has joined, and so closed those
+            del self._rings[way]
         return landed
 
     def receive(self, index: int, data: torch.Tensor, timeout_seconds: float) -> Landed:

@@ -39,6 +39,7 @@ from checkpoint_engine.transport.rendezvous import Rendezvous
 
 __all__ = ["StreamingEngine"]
 
+CLOSING_TURNS = 10  # of the event loop, of which it takes three
 PORTS_AFTER_MASTER = 2  # MASTER_PORT is the trainer's own group's, the next a parameter server's
 CPU = torch.device("cpu")
 
@@ -80,8 +81,8 @@ class StreamingEngine(CheckpointEngine):
     ) -> None:
         if bucket_size < CHUNK_BYTES:
             raise UsageError(f"bucket_size={bucket_size}: a bucket has {CHUNK_BYTES} bytes or more")
-        if not timeout > 0:
-            raise UsageError(f"timeout={timeout}: a wait takes some seconds")
+        if not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise UsageError(f"timeout={timeout!r}: a wait takes some seconds")
         check_compression(compression)
         if compression not in self.compressions:
             raise UsageError(f"compression={compression!r} is not for the engine {self.name!r}")
@@ -95,7 +96,7 @@ class StreamingEngine(CheckpointEngine):
             rebuild_group=rebuild_group,
         )
         self._rank: int | None = None
-        self._place: tuple[int, dict[str, Any] | None] | None = None
+        self._place: tuple[int, Mapping[str, Any] | None] | None = None
         self._keeper: Keeper | None = None
         self._metadata: dict[str, Any] = {}
         self._link: Link | None = None
@@ -154,7 +155,7 @@ class StreamingEngine(CheckpointEngine):
         """
         if not -1 <= rank < world_size:
             raise UsageError(f"rank {rank} is not one of world size {world_size}")
-        place = (world_size, None if rank == 0 else dict(master_metadata or {}))
+        place = (world_size, None if rank == 0 else master_metadata or {})
         if self._link is not None:
             if self._rank != rank:
                 raise UsageError(f"this process is rank {self._rank} already, not {rank}")
@@ -174,15 +175,15 @@ class StreamingEngine(CheckpointEngine):
             master_metadata = self._metadata
         meeting = self.meeting(master_metadata)
         timeout_seconds = self._settings.timeout_seconds
+        if rank == 0:
+            self._lines = Lines()
+        else:
+            self._presence = Presence(meeting.address)
         rendezvous = Rendezvous.at(
             meeting, rank, world_size, self._keeper, timeout_seconds=timeout_seconds
         )
         self._keeper = None  # which the rendezvous has now
         self._link = Link(rendezvous, self.make_carrier(rendezvous), self._settings)
-        if rank == 0:
-            self._lines = Lines()
-        else:
-            self._presence = Presence(meeting.address)
 
     async def send_weights(self, weights: Weights, *, label: str = "") -> StreamReport | None:
         """Send one version to every receiver, and return when all of them have taken it.
@@ -234,6 +235,9 @@ class StreamingEngine(CheckpointEngine):
         link = self._met()
         if self._presence is None:
             raise UsageError("rank 0 sends; ranks from 1 receive")
+        for _ in range(CLOSING_TURNS):
+            if self._is_busy:  # a loop that was left: asyncio closes its generator in a moment
+                await asyncio.sleep(0)
         with self._busy():
             receiving = Receiving(link, self._presence, self._places)
             try:
@@ -267,7 +271,13 @@ class StreamingEngine(CheckpointEngine):
     def meeting(self, metadata: Mapping[str, Any] | None) -> Meeting:
         """Where the master is: as it says, else as the environment does, else on this host."""
         if metadata:
-            host, port = str(metadata["master_addr"]), int(metadata["master_port"])
+            try:
+                host, port = str(metadata["master_addr"]), int(metadata["master_port"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"master_metadata={metadata!r} is not what the master's prepare() returned, a "
+                    "dict of master_addr and master_port"
+                ) from error
             return Meeting(host, port, by_launcher=False)
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
             port = number_of("MASTER_PORT", 0) + PORTS_AFTER_MASTER
@@ -296,7 +306,10 @@ class StreamingEngine(CheckpointEngine):
     @contextlib.contextmanager
     def _busy(self) -> Any:
         if self._is_busy:
-            raise UsageError("one version after the other: this engine sends or receives already")
+            raise UsageError(
+                "one version after the other: this engine sends or receives already; a loop that "
+                "is left over a named generator is ended by contextlib.aclosing"
+            )
         self._is_busy = True
         try:
             yield

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from checkpoint_engine.device_utils import same_stream
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
@@ -191,8 +192,11 @@ def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
         return found
     future: Future[Any] = Future()
 
+    enter_stream = same_stream()
+
     def run() -> None:
         try:
+            enter_stream()
             future.set_result(call(*arguments))
         except BaseException as error:
             future.set_exception(error)

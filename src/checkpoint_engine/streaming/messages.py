@@ -76,10 +76,11 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
-    """How bytes will come: in buckets of at most so many, on this way."""
+    """How bytes will come, and to how many: in buckets of at most so many, on this way."""
 
     bucket_bytes: BucketBytes
     way: str
+    world_size: Count
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):

@@ -94,6 +94,7 @@ class Receiving:
         self._link, self._presence, self._places = link, presence, places
         self._timeout_seconds = link.settings.timeout_seconds
         self._ledger = Ledger()
+        self._checked_at = 0.0
         self._stopped = threading.Event()
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
@@ -126,6 +127,10 @@ class Receiving:
                 raise error
             if not isinstance(plan, Plan):
                 raise ProtocolError(f"a cycle begins with a plan, not {plan!r:.80}")
+            if plan.world_size != (own := self._link.rendezvous.world_size):
+                odd = UsageError(f"world_size is {plan.world_size} at rank 0, and {own} here")
+                self._say_failed(odd)
+                raise odd
             self._places.begin(plan.bucket_bytes)
             self._listener.start()
             try:
@@ -169,12 +174,15 @@ class Receiving:
         self._arrived.put(error)  # for a thread that waits on behalf of a task that was cancelled
 
     def _next(self) -> Arrived | Version | Over:
-        deadline = time.monotonic() + self._timeout_seconds + 2 * CAUSE_SECONDS
+        asked_at = time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
                 arrived = self._arrived.get(timeout=POLL_SECONDS)
                 break
-            if self._link.stopped.is_set() or time.monotonic() > deadline:
+            # Of a large tensor, buckets arrive long before it is whole.
+            idle_seconds = time.monotonic() - max(asked_at, self._checked_at)
+            is_late = idle_seconds > self._timeout_seconds + 2 * CAUSE_SECONDS
+            if self._link.stopped.is_set() or is_late:
                 raise DeadlineExceeded(f"nothing arrived in {self._timeout_seconds:.0f} s")
         if isinstance(arrived, BaseException):
             raise arrived
@@ -288,6 +296,7 @@ class Receiving:
         bucket, place, landed = item
         landed()
         check_arrived(bucket, place.data)
+        self._checked_at = time.monotonic()
         for part in bucket.parts:
             self._ledger.add(part)
         if place.whole is not None:
@@ -330,7 +339,7 @@ class Receiving:
         self._voice.say(Ready(rank=self._link.rank, bucket=bucket.index))
 
     def _say_failed(self, error: BaseException) -> None:
-        if self._voice is not None:
+        if self._voice is not None and not self._link.stopped.is_set():
             with contextlib.suppress(PeerLost, DeadlineExceeded):  # it may be the sender that died
                 self._voice.say(Failed(rank=self._link.rank, error=RemoteError.of(error)))
 

@@ -28,6 +28,7 @@ from checkpoint_engine.errors import (
     DeadlineExceeded,
     PeerLost,
     RemoteError,
+    SourceError,
     TransferError,
     UsageError,
 )
@@ -49,7 +50,7 @@ from checkpoint_engine.streaming.messages import (
 )
 from checkpoint_engine.streaming.packing import Ledger, OpenBucket, cuts, named, weight_of
 from checkpoint_engine.streaming.threads import Worker, ended_by, in_thread
-from checkpoint_engine.streaming.watch import Lines, Watch, named_ranks
+from checkpoint_engine.streaming.watch import Lines, Watch, died, named_ranks
 
 __all__ = ["Sending"]
 
@@ -118,7 +119,13 @@ class Sending:
         try:
             with self._stages["meet"]:
                 bucket_bytes = await in_thread(self._meet)
+            if not isinstance(label, str):
+                raise UsageError(f"label={label!r} is no text: pass f'step-{{step}}', say")
             await self._pack(weights, self._carrier.slots(bucket_bytes))
+            if not self._ledger.num_tensors:
+                raise SourceError(
+                    "there is no tensor to send; a generator that was gone through gives none"
+                )
             while self._moves:
                 await asyncio.wrap_future(self._moves.popleft())
             label = label or f"sync-{self._the_cycle.number}"
@@ -175,11 +182,10 @@ class Sending:
             bucket_bytes,
             rebuild=self._settings.rebuild_group,
         )
-        for rank, hello in hellos.items():
-            self._lines.hold(rank, hello)
         ear = Ear(cycle.hearing.log("heard"), FROM_RECEIVER)
         watch = self._watch = Watch(ear, self._lines, self._ranks)
-        self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way))
+        world_size = self._link.rendezvous.world_size
+        self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way, world_size=world_size))
         with ended_by(self._carrier.abandon, when=lambda: watch.has_failed):
             self._carrier.join(way, self._settings.timeout_seconds)
         return bucket_bytes
@@ -188,15 +194,19 @@ class Sending:
         deadline = time.monotonic() + self._settings.timeout_seconds
         hellos: dict[int, Hello] = {}
         while missing := [rank for rank in self._ranks if rank not in hellos]:
+            if gone := [rank for rank in self._lines.broken() if rank in hellos]:
+                raise died(gone)
             with contextlib.suppress(DeadlineExceeded):
                 entry = cycle.hearing.get(f"hello/{missing[0]}", POLL_SECONDS)
                 hellos[missing[0]] = decode_hello(entry)
+                self._lines.hold(missing[0], hellos[missing[0]])
                 continue
             is_over = self._stopped.is_set() or self._link.stopped.is_set()
             if is_over or time.monotonic() > deadline:
                 raise DeadlineExceeded(
                     f"{named_ranks(missing[:1])} of {len(self._ranks)} receivers did not come in "
-                    f"{self._settings.timeout_seconds:.0f} s: is it up, and does it receive?"
+                    f"{self._settings.timeout_seconds:.0f} s: is it up, does it receive, and was "
+                    "it given the same CKPT_ENGINE_SECRET, or on one host CKPT_ENGINE_SOCKET_DIR?"
                 )
         return hellos
 

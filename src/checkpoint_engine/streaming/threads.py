@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
+from checkpoint_engine.device_utils import same_stream
 
 __all__ = ["Worker", "blocking", "ended_by", "in_thread"]
 
@@ -43,12 +43,10 @@ def blocking(work: Coroutine[Any, Any, Result]) -> Result:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    # A thread begins on the first device, whatever this one's is.
-    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    enter_stream = same_stream()
 
     def run() -> Result:
-        if device is not None:
-            torch.accelerator.set_device_index(device)
+        enter_stream()
         return asyncio.run(work)
 
     future: Future[Result] = Future()

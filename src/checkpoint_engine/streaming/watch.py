@@ -36,7 +36,7 @@ from checkpoint_engine.streaming.messages import (
 from checkpoint_engine.transport.line import Line
 from checkpoint_engine.transport.responder import Responder
 
-__all__ = ["Lines", "Presence", "Watch", "named_ranks"]
+__all__ = ["Lines", "Presence", "Watch", "died", "named_ranks"]
 
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
@@ -222,7 +222,12 @@ class Watch:
             return None
         for rank in gone:
             self._lines.drop(rank)
-        return PeerLost(f"{named_ranks(gone)} died, or no link leads to its host any more")
+        return died(gone)
+
+
+def died(ranks: Iterable[int]) -> PeerLost:
+    """What is raised because of it."""
+    return PeerLost(f"{named_ranks(ranks)} died, or no link leads to its host any more")
 
 
 def named_ranks(ranks: Iterable[int]) -> str:

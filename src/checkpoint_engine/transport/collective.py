@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
@@ -36,7 +36,7 @@ __all__ = ["BACKENDS", "Collective"]
 
 POLL_SECONDS = 1e-4
 MAKE_POLL_SECONDS = 0.05
-MAKE_SECONDS = 5.0  # for gloo to say itself what its timeout was over for
+LONGEST_CONNECT = timedelta(seconds=30)
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # whose monitor ends the process, too
@@ -49,7 +49,7 @@ class _Broadcast:
 
     def __init__(self, work: Any) -> None:
         self._work = work
-        self._error: RuntimeError | None = None
+        self._failure: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -68,12 +68,12 @@ class _Broadcast:
             if work is not None:
                 work.wait()  # until its own deadline, which it was begun with
         except RuntimeError as error:
-            self._error = error.with_traceback(None)
+            self._failure = str(error)
         finally:
             del work
             self._work = None
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:  # anew each time: it keeps the frames that it goes through
+            raise RuntimeError(self._failure)
 
 
 class Collective:
@@ -211,26 +211,29 @@ class Collective:
 
 
 def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
+    """To connect to a member that has died, gloo waits several timeouts, and nothing ends that.
+
+    So a thread does it, and a group that nobody wants any more by then is closed at once. Meanwhile
+    those who are connected to this one wait for it, so the timeout is not long. (It is that of
+    connections alone: for members to come the store has its own, as broadcasts have.)
+    """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
+    options._timeout = min(timeout, LONGEST_CONNECT)
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
-    # Connecting to a member that has died, gloo waits several timeouts, and nothing ends that.
     made: Future[Any] = Future()
 
     def make() -> None:
-        try:
-            made.set_result(ProcessGroupGloo(store, index, size, options))
-        except Exception as error:
-            made.set_exception(error)
+        with suppress(InvalidStateError):  # it is no longer wanted
+            try:
+                made.set_result(ProcessGroupGloo(store, index, size, options))
+            except Exception as error:  # the store's, too
+                made.set_exception(error)
 
     threading.Thread(target=make, name="ckpt-connect", daemon=True).start()
-    deadline = time.monotonic() + timeout.total_seconds() + MAKE_SECONDS
     while not made.done():
         wait([made], MAKE_POLL_SECONDS)
-        if store.is_closed:
+        if store.is_closed and made.cancel():
             raise TransferError("the group was abandoned while it was made")
-        if time.monotonic() > deadline:
-            raise TransferError(f"it was not made in {timeout.total_seconds():.0f} s")
     return made.result()
 
 

@@ -59,7 +59,11 @@ class Keeper:
         self.address = self._server.address
         self._left: Path | None = None
         if configured is None:
-            self._left = leave(secret, self._server.port)
+            try:
+                self._left = leave(secret, self._server.port)
+            except BaseException:
+                self._server.close()
+                raise
 
     def close(self) -> None:
         """End it, and forget the secret."""
@@ -112,7 +116,11 @@ class Meeting:
         if self._launcher is None:
             return Keeper(self.address, self._port, self._secret)
         keeper = Keeper(self.address, 0, self._secret)
-        self._launcher.tell(keeper.address)
+        try:
+            self._launcher.tell(keeper.address)
+        except BaseException:
+            keeper.close()
+            raise
         return keeper
 
     def reach(self, timeout_seconds: float | None = None) -> KeyClient:
