@@ -7,13 +7,20 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint_engine import device_utils
-from checkpoint_engine.device_utils import DeviceManager, device_uuid, get_ip, npu_generate_uuid
+from checkpoint_engine.device_utils import (
+    DeviceManager,
+    device_uuid,
+    get_ip,
+    npu_generate_uuid,
+    same_stream,
+)
 from checkpoint_engine.errors import UsageError
 
 # What npu-smi prints for `info -t proc-mem -i 0` on a card with two chips.
@@ -167,3 +174,20 @@ def test_an_npu_smi_that_hangs(fake_npu_smi: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device_utils, "NPU_SMI_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(UsageError, match=r"did not answer within 0\.1 s"):
         npu_generate_uuid()
+
+
+def test_another_thread_follows_the_stream_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with an accelerator, as torch says; without one there is nothing to follow."""
+    same_stream()()
+    here, entered = object(), []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: here)
+    monkeypatch.setattr(
+        torch.accelerator, "set_stream", lambda one: entered.append((one, threading.get_ident()))
+    )
+    enter_stream = same_stream()
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: object())  # of the thread
+    thread = threading.Thread(target=enter_stream)
+    thread.start()
+    thread.join()
+    assert entered == [(here, thread.ident)]
