@@ -149,5 +149,7 @@ def test_what_is_no_engine_that_is_known_is_named(
 
 
 def test_an_engine_that_there_is_not_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match=r"'127\.0\.0\.1:9' is no URL of a server, as http://"):
+        engine_requests(["127.0.0.1:9"], rank=0, world_size=1)
     with pytest.raises(UsageError, match="--engine tin: there are auto, replica"):
         engine_requests(["http://127.0.0.1:1"], rank=0, world_size=1, engine="tin")

@@ -211,6 +211,11 @@ def test_names_that_no_manifest_has_are_refused(store: Store, name: str) -> None
     assert (store.labels, store.allocated_bytes) == ([], 0)
 
 
+def test_what_is_no_state_dict_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"a list is no state dict: pass model\.state_dict\(\)"):
+        TensorSource([("a", torch.ones(1))])  # type: ignore[arg-type]
+
+
 def test_files_and_tensors_together(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.ones(3), "c": torch.zeros(3)}, path)

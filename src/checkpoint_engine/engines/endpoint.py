@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from checkpoint_engine.errors import MALFORMED, AdapterError
+from checkpoint_engine.errors import MALFORMED, AdapterError, UsageError
 
 __all__ = ["Endpoint"]
 
@@ -41,9 +41,14 @@ class Endpoint:
 
     Attributes:
         url: without a slash at its end.
+
+    Raises:
+        UsageError: it is no URL.
     """
 
     def __init__(self, url: str, *, uds: str | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"{url!r} is no URL of a server, as http://127.0.0.1:8000 is")
         self.url = url.rstrip("/")
         self._uds = uds
 

@@ -28,10 +28,16 @@ class TensorSource:
     """A state dict as a source. Borrows the tensors: they must not change until registered.
 
     Raises:
-        SourceError: a value is no dense tensor, or its dtype has no name in safetensors.
+        SourceError: this is no state dict, a value no dense tensor, or its dtype has no name in
+            safetensors.
     """
 
     def __init__(self, named_tensors: Mapping[str, torch.Tensor]) -> None:
+        if not isinstance(named_tensors, Mapping):
+            raise SourceError(
+                f"a {type(named_tensors).__name__} is no state dict: pass model.state_dict(), or a "
+                "dict of names and tensors"
+            )
         self._tensors = {name: checked(name, tensor) for name, tensor in named_tensors.items()}
         self._flat = {
             name: tensor.reshape(-1).view(torch.uint8).numpy()
