@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import mmap
 import socket
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from collective_member import content
@@ -19,6 +23,7 @@ from checkpoint_engine.errors import TransferError
 from checkpoint_engine.manifest import Chunk
 from checkpoint_engine.plan.buckets import Bucket
 from checkpoint_engine.timeline import Timeline
+from checkpoint_engine.transport import collective as collective_module
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -245,3 +250,39 @@ def test_a_member_that_does_not_come() -> None:
     collective = Collective(Rendezvous(LocalKeyStore(), 0, 2), index=0, size=2)
     with pytest.raises(TransferError, match="host 0 of 2 could not join the group"):
         collective.connect("update-1", 0.2)
+
+
+def test_a_group_that_is_not_made_has_a_deadline(
+    collective: Collective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever gloo waits for, as for a member that has told where it listens and is gone."""
+    released = threading.Event()
+    make = collective_module.ProcessGroupGloo
+
+    class Hanging(make):  # type: ignore[misc, valid-type]
+        def __init__(self, *_: Any) -> None:
+            released.wait(60)
+
+    monkeypatch.setattr(collective_module, "ProcessGroupGloo", Hanging)
+    monkeypatch.setattr(collective_module, "MAKE_GRACE_SECONDS", 0.1)
+    with pytest.raises(TransferError, match="the group was not made in 0 s"):
+        collective.connect("update-1", 0.1)
+    released.set()
+
+
+def test_a_group_is_gone_when_what_it_had_begun_has_failed(
+    collective: Collective, start_member: Callable[[], Member]
+) -> None:
+    """Else others wait for it: not even the error that tells of it may keep its connections."""
+    member = start_member()
+    meet(collective, member, "update-1")
+    group = weakref.ref(collective._group)
+    gc.disable()
+    try:
+        collective.begin(memoryview(content(64 * MIB)), root=0, timeout_seconds=TIMEOUT_SECONDS)
+        collective.abandon()
+        assert group() is not None, "it outlives what is under way"
+        member.process.kill()
+        wait_until(lambda: group() is None)
+    finally:
+        gc.enable()

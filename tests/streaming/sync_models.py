@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_engine import CheckpointEngineMixin
+from checkpoint_engine.errors import UpdateFailed
+from checkpoint_engine.update.protocol import Report
 
 SETTINGS: dict[str, Any] = {"bucket_size": 4 << 20, "timeout": 20}
 TOKENS = torch.tensor([[1, 5, 2, 9, 30]])
@@ -107,6 +109,15 @@ class Sampler(CheckpointEngineMixin):
         self.model = model
         self.held = threading.Lock()
         self.num_holds = 0
+        self.failure: UpdateFailed | None = None
+
+    def receive_weights(self) -> Report:
+        self.failure = None
+        try:
+            return super().receive_weights()
+        except UpdateFailed as error:
+            self.failure = error
+            raise
 
     def hold_requests(self, timeout_seconds: float) -> None:
         assert self.held.acquire(timeout=timeout_seconds)

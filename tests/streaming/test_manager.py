@@ -415,27 +415,17 @@ def test_nobody_waits_for_the_vote_of_a_sampler_that_failed_before_it(
 def test_a_sampler_that_does_not_hold_what_arrived_changes_nothing(
     manage: Manage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[UpdateFailed] = []
-
-    class Listening(Sampler):
-        def receive_weights(self) -> Report:
-            try:
-                return super().receive_weights()
-            except UpdateFailed as error:
-                heard.append(error)
-                raise
-
     def fail(*_: Any) -> None:
         raise VerificationError("memory has changed it")
 
-    trainer, sampler = Trainer(llama(1)), Listening(llama(2))
+    trainer, sampler = Trainer(llama(1)), Sampler(llama(2))
     served = as_text(sampler.model.state_dict())
     manager = manage(trainer, [sampler])
     with monkeypatch.context() as patch:
         patch.setattr(sampler_side.SamplerSide, "_take", fail)
         with pytest.raises(UpdateFailed, match="memory has changed it"):
             manager.sync_weights(label="step-1")
-    assert "aborted: sampler 0: VerificationError: memory has changed it" in str(heard[0])
+    assert "aborted: sampler 0: VerificationError: memory has changed it" in str(sampler.failure)
     assert as_text(sampler.model.state_dict()) == served
 
 

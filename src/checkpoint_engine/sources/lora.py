@@ -16,6 +16,7 @@ peft is imported when it is first needed.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -38,13 +39,13 @@ from checkpoint_engine.sources.training import (
 from checkpoint_engine.sources.weight import Weight, identity_of, spec_of
 
 __all__ = [
+    "BaseSeen",
     "adapter_config",
     "adapter_parameters",
     "adapter_weights",
     "adapter_weights_of",
     "base_weights",
     "base_weights_of",
-    "base_writes",
     "merged_weights",
     "merged_weights_of",
 ]
@@ -131,15 +132,22 @@ def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:
     return as_saved(weights, found.get_base_model())
 
 
-def base_writes(model: torch.nn.Module) -> tuple[int, ...]:
-    """How often each tensor of the base was written to: while that is equal, so is the base.
+class BaseSeen:
+    """A model's base as it is now, to be asked later whether it still is. Borrows its tensors.
 
-    Torch counts what is done in place. It does not see what is written through `.data`.
+    Torch counts what is done to a tensor in place. It does not see what is written through `.data`.
     """
-    parts = (part for weight in base_weights_of(model) for part in weight.parts)
-    return tuple(
-        (part.to_local() if isinstance(part, DTensor) else part)._version for part in parts
-    )
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._seen = [(weakref.ref(one), _num_writes(one)) for one in _base_tensors(model)]
+
+    def is_of(self, model: torch.nn.Module) -> bool:
+        """Whether this model's base is of the same tensors, and none was written to since."""
+        found = _base_tensors(model)
+        return len(found) == len(self._seen) and all(
+            known() is one and num_writes == _num_writes(one)
+            for one, (known, num_writes) in zip(found, self._seen, strict=True)
+        )
 
 
 def merged_weights_of(
@@ -156,6 +164,19 @@ def merged_weights_of(
     for path, layer in layers.items():
         weights.append(_merged(path, layer, state, active))
     return as_saved(weights, found.get_base_model())
+
+
+def _base_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors themselves, whatever is sent of them."""
+    return [
+        tensor
+        for name, tensor in state_of(_peft(model, None)).items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    ]
+
+
+def _num_writes(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor)._version
 
 
 def _peft(model: torch.nn.Module, adapters: Sequence[str] | None) -> Any:

@@ -129,6 +129,8 @@ class SamplerSide:
                 withdraw(keys, error)
             if not isinstance(error, CheckpointEngineError):
                 raise
+            if isinstance(error, (PeerLost, DeadlineExceeded)):  # who would tell how it ended
+                raise UpdateFailed(f"nothing was changed: {error}") from error
             cause = error  # before anything was offered
         try:
             with with_sender():

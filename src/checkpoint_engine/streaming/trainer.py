@@ -29,9 +29,9 @@ from checkpoint_engine.errors import (
 )
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.sources.lora import (
+    BaseSeen,
     adapter_weights,
     base_weights,
-    base_writes,
     merged_weights,
 )
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
@@ -60,10 +60,10 @@ class _Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Base(NamedTuple):
-    """The base that every sampler serves, and how often it had been written to when it was sent."""
+    """The base that every sampler serves, and the trainer's as it was when it was sent."""
 
     digest: str
-    num_writes: tuple[int, ...]
+    seen: BaseSeen
 
 
 class TrainerSide:
@@ -119,7 +119,7 @@ class TrainerSide:
         step = _Step(kind=kind, adapter=adapter)
         if kind != "adapter":
             return self._one(model, step, label, steps)
-        if self._base is not None and self._base.num_writes == base_writes(model):
+        if self._base is not None and self._base.seen.is_of(model):
             ending = self._one(model, step, label, steps, more=_lacks_base)
             if not ending.more:
                 return ending
@@ -138,7 +138,8 @@ class TrainerSide:
         more: Callable[[Report], bool] = lambda report: False,
     ) -> Ending:
         """Send one version. `more`: whether another follows, which the samplers are told."""
-        num_writes = base_writes(model) if step.kind == "base" else ()
+        # To what was merged, an adapter would be applied twice.
+        seen = BaseSeen(model) if step.kind == "base" else None
         sent = self._stream(self._announced(model, step, steps), label)
         parent = self._base.digest if step.kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
@@ -147,8 +148,7 @@ class TrainerSide:
         keys.put("order", msgspec.msgpack.encode(order))
         report = conduct(keys, version, sent.num_bytes, self._engine.lost, self._timeout_seconds)
         if step.kind != "adapter" and _is_published(report):
-            is_base = step.kind == "base"  # to what was merged, an adapter would be applied twice
-            self._base = _Base(version.digest, num_writes) if is_base else None
+            self._base = _Base(version.digest, seen) if seen else None
         ending = Ending(report=report, more=more(report))
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending

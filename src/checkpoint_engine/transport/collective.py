@@ -36,6 +36,7 @@ __all__ = ["BACKENDS", "Collective"]
 
 POLL_SECONDS = 1e-4
 MAKE_POLL_SECONDS = 0.05
+MAKE_GRACE_SECONDS = 5.0  # in which gloo says itself what it waits for
 LONGEST_CONNECT = timedelta(seconds=30)
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
@@ -230,10 +231,13 @@ def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address:
                 made.set_exception(error)
 
     threading.Thread(target=make, name="ckpt-connect", daemon=True).start()
+    deadline = time.monotonic() + timeout.total_seconds() + MAKE_GRACE_SECONDS
     while not made.done():
         wait([made], MAKE_POLL_SECONDS)
         if store.is_closed and made.cancel():
             raise TransferError("the group was abandoned while it was made")
+        if time.monotonic() > deadline and made.cancel():
+            raise TransferError(f"the group was not made in {timeout.total_seconds():.0f} s")
     return made.result()
 
 
