@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
+from checkpoint_engine.streaming import sampler as sampler_side
 from checkpoint_engine.streaming.sampler import Seats
+from checkpoint_engine.transport.rendezvous import Rendezvous
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -226,12 +229,23 @@ def test_who_lacks_the_base_again_hears_that_nothing_follows(
     for _ in range(2):
         with pytest.raises(UpdateFailed, match="is made for another base than is served here"):
             manager.sync_weights(merge_and_sync=False)
+        assert "is made for another base than is served here" in str(sampler.failure)
     starts_anew = False
     manager.sync_weights(merge_and_sync=False)
     check_serves(sampler, trainer.model)
 
 
-def test_every_sampler_hears_why_nothing_is_served(manage: Manage) -> None:
+def test_every_sampler_hears_why_nothing_is_served(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that asks when it is over already, since another has refused."""
+    take_part = sampler_side.take_part
+
+    def late(keys: Rendezvous, adapter: Any) -> Any:
+        time.sleep(0.5 if keys.rank == 1 else 0.0)
+        return take_part(keys, adapter)
+
+    monkeypatch.setattr(sampler_side, "take_part", late)
     trainer = Trainer(llama(1))
     samplers = [Sampler(llama(2)), Sampler(torch.nn.Linear(3, 4)), Sampler(llama(3))]
     manager = manage(trainer, samplers)
