@@ -88,6 +88,7 @@ def request_inference_to_update(
         uds: path of a Unix socket to send the request through.
 
     Raises:
+        UsageError: it is no URL.
         AdapterError: the engine cannot be reached, or answered with an error; says what it said.
     """
     endpoint = Endpoint(url.removesuffix(ANY_ENGINES), uds=uds)
@@ -120,7 +121,7 @@ def engine_requests(
             a third party's entry point.
 
     Raises:
-        UsageError: the numbers fit neither way, or there is no such engine.
+        UsageError: the numbers fit neither way, there is no such engine, or one is no URL.
     """
     if engine != AUTO:
         _engine(engine)

@@ -227,9 +227,15 @@ def test_an_engine_that_answers_with_an_error_said_no() -> None:
         request_inference_to_update(f"{url}/collective_rpc", {})
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/collective_rpc", "not a url", "ftp://engine"])
-def test_an_engine_that_cannot_be_reached_is_named(url: str) -> None:
+def test_an_engine_that_cannot_be_reached_is_named() -> None:
+    url = "http://127.0.0.1:1/collective_rpc"
     with pytest.raises(AdapterError, match=url):
+        request_inference_to_update(url, {}, timeout=5.0)
+
+
+@pytest.mark.parametrize("url", ["not a url", "ftp://engine"])
+def test_what_is_no_url_of_an_engine_is_named(url: str) -> None:
+    with pytest.raises(UsageError, match=f"'{url}' is no URL of a server"):
         request_inference_to_update(url, {}, timeout=5.0)
 
 
