@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ def run_example(
     *options: str,
     environment: Mapping[str, str],
     python: Path | str = sys.executable,
+    launcher: Sequence[str] = (),
     timeout: float = 110,
 ) -> str:
     """What it prints; it must succeed."""
     done = subprocess.run(
-        [str(python), str(EXAMPLES / name), *options],
+        [str(python), *launcher, str(EXAMPLES / name), *options],
         env=dict(environment),
         capture_output=True,
         text=True,

@@ -84,7 +84,7 @@ def test_commands_in_the_documents_exist() -> None:
 
 def test_examples_in_the_documents_exist() -> None:
     text = "\n".join(document.read_text() for document in DOCUMENTS)
-    lines = re.findall(r"^python (examples/\S+)(.*)$", text, re.MULTILINE)
+    lines = re.findall(r"^(?:python|torchrun .*) (examples/\S+)(.*)$", text, re.MULTILINE)
     assert {name for name, _ in lines} == {f"examples/{p.name}" for p in ROOT.glob("examples/*.py")}
     for name, arguments in lines:
         for option in re.findall(r"--[a-z-]+", arguments):

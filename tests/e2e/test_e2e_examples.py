@@ -1,7 +1,8 @@
-"""The examples, against a replica of ours; tests/engines runs them against other engines."""
+"""The examples as they are started, without the engines that tests/engines has."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def test_a_server_is_trained_by_what_it_says(
     body = {"prompt": prompt, "max_tokens": 16, "temperature": 0.0, "return_token_ids": True}
     served = server.complete(**body).json()["choices"][0]["token_ids"]
     assert served == greedy_tokens(tmp_path / "trained", prompt, len(served))
+
+
+def test_samplers_sample_what_the_trainer_has_learnt(environment: dict[str, str]) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    printed = run_example("sync_samplers.py", launcher=launcher, environment=environment)
+    rewards = rewards_in(printed)
+    assert len(rewards) == 20
+    assert rise(rewards) > 0.4
+    digests = re.findall(r"digest (\w+) on 2 samplers", printed)
+    assert len(set(digests)) == 20
