@@ -3,7 +3,8 @@
     python collective_member.py <port of rank 0>
 
 It answers each line, having done what it says: `connect <name>`, `send <number of bytes>`,
-`receive <number of bytes>` (answers with the digest of what arrived), `abandon`, `die`.
+`receive <number of bytes>` (answers with the digest of what arrived), `abandon`, `die`. After
+`linger <name>` it is connected to this host, and goes on as if there were another to connect to.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
+from typing import Any
 
 from checkpoint_engine.errors import TransferError
+from checkpoint_engine.transport import collective as collective_module
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 TIMEOUT_SECONDS = 60.0
+
+
+class Lingering(collective_module.ProcessGroupGloo):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        time.sleep(TIMEOUT_SECONDS)
 
 
 def content(num_bytes: int) -> bytearray:
@@ -25,6 +35,9 @@ def content(num_bytes: int) -> bytearray:
 
 def obey(collective: Collective, command: str, argument: str) -> str:
     if command == "connect":
+        collective.connect(argument, TIMEOUT_SECONDS)
+    elif command == "linger":
+        collective_module.ProcessGroupGloo = Lingering
         collective.connect(argument, TIMEOUT_SECONDS)
     elif command == "send":
         memory = memoryview(content(int(argument)))

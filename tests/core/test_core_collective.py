@@ -270,6 +270,34 @@ def test_a_group_that_is_not_made_has_a_deadline(
     released.set()
 
 
+def test_who_is_connected_waits_for_those_who_are_not(
+    collective: Collective, start_member: Callable[[], Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it begins before would end only with their connecting, a minute after a death."""
+    connected = threading.Event()
+    make = collective_module.ProcessGroupGloo
+
+    class Telling(make):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            connected.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collective_module, "ProcessGroupGloo", Telling)
+        member = start_member()
+        member.tell("linger update-1")
+        joining = Background(lambda: collective.connect("update-1", TIMEOUT_SECONDS))
+        assert connected.wait(TIMEOUT_SECONDS)
+        assert not joining.is_done(within_seconds=1)
+        collective.abandon()
+        with pytest.raises(TransferError, match="abandoned while it was made"):
+            joining.result()
+    member.process.kill()
+    member = start_member()
+    meet(collective, member, "update-2")
+    check_both_ways(collective, member, 300)
+
+
 def test_a_group_is_gone_when_what_it_had_begun_has_failed(
     collective: Collective, start_member: Callable[[], Member]
 ) -> None:

@@ -73,7 +73,7 @@ class Member:
         hang_after: int = -1,
         scribble: bool = False,
         die_joining: bool = False,
-        die_connecting: bool = False,
+        die_connecting: float = -1,
         say_joining: bool = False,
         **sizes: int,
     ) -> Any:
@@ -84,9 +84,13 @@ class Member:
         if say_joining:  # it has said hello, and hears nothing yet
             hear = Ear.next
             Ear.next = lambda ear, seconds: (say(event="joining"), hear(ear, seconds))[1]
-        if die_connecting:  # it has told where it listens, and there they find nobody
+        if die_connecting >= 0:  # so many seconds after it has told where it listens
             tell = GroupStore.set
-            GroupStore.set = lambda *entry: (tell(*entry), os._exit(9))
+            GroupStore.set = lambda *entry: (
+                tell(*entry),
+                time.sleep(die_connecting),
+                os._exit(9),
+            )
 
         async def run() -> list[str]:
             names = []

@@ -214,9 +214,10 @@ class Collective:
 def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
     """To connect to a member that has died, gloo waits several timeouts, and nothing ends that.
 
-    So a thread does it, and a group that nobody wants any more by then is closed at once. Meanwhile
-    those who are connected to this one wait for it, so the timeout is not long. (It is that of
-    connections alone: for members to come the store has its own, as broadcasts have.)
+    So a thread does it, and a group that nobody wants any more by then is closed at once. Who is
+    connected waits until all are: what it began before could end only when those others give up.
+    (The timeout is that of connections alone: for members to come the store has its own, as
+    broadcasts have.)
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = min(timeout, LONGEST_CONNECT)
@@ -226,7 +227,9 @@ def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address:
     def make() -> None:
         with suppress(InvalidStateError):  # it is no longer wanted
             try:
-                made.set_result(ProcessGroupGloo(store, index, size, options))
+                group = ProcessGroupGloo(store, index, size, options)
+                _meet_connected(store, size)
+                made.set_result(group)
             except Exception as error:  # the store's, too
                 made.set_exception(error)
 
@@ -239,6 +242,13 @@ def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address:
         if time.monotonic() > deadline and made.cancel():
             raise TransferError(f"the group was not made in {timeout.total_seconds():.0f} s")
     return made.result()
+
+
+def _meet_connected(store: GroupStore, size: int) -> None:
+    """Wait until every member of the group is connected to all others."""
+    if store.add("num_connected", 1) == size:
+        store.set("all_connected", b"")
+    store.get("all_connected")
 
 
 def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:

@@ -69,6 +69,7 @@ class GroupStore(Store):
     def add(self, key: str, amount: int) -> int:
         """Add to a counter."""
         with self._lock:
+            self._note(key)
             return self._keys.add(self._prefix + key, amount)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
