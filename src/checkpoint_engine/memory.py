@@ -2,10 +2,12 @@
 
 Staging a version moves gigabytes beside engines that answer requests. Its threads run at the
 kernel's idle priority (SCHED_IDLE), which gets what nobody else wants, and may be capped in bytes
-per second. Pages are faulted in by the same threads and without the interpreter's lock, which
-Python's own madvise holds for seconds.
+per second. Where others want every core, that is nothing: a version would never be staged, and the
+whole process would stand still whenever such a thread has the interpreter's lock. So threads of
+common priority take over from those that starve. Pages are faulted in by the same threads and
+without the interpreter's lock, which Python's own madvise holds for seconds.
 
-    with byte_workers(idle=True) as pool:
+    with IdleWorkers() as pool:
         fault_in(mapped, MADV_POPULATE_WRITE, pool)
         pool.map(read, buckets)
 """
@@ -18,7 +20,12 @@ import mmap
 import os
 import threading
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -27,7 +34,9 @@ from checkpoint_engine.errors import UsageError
 __all__ = [
     "MADV_POPULATE_READ",
     "MADV_POPULATE_WRITE",
+    "IdleWorkers",
     "Pace",
+    "Workers",
     "byte_workers",
     "fault_in",
     "num_byte_workers",
@@ -37,6 +46,11 @@ MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # not in `mmap`; the values ar
 SLICE_BYTES = 32 << 20
 MAX_THREADS = 16
 BURST_SECONDS = 0.05
+STARVING_SECONDS = 1.0  # before it is looked at whether a thread gets a core
+STARVING_SHARE = 0.05  # of one, next to nothing
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -47,21 +61,95 @@ def num_byte_workers() -> int:
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
-def byte_workers(num_threads: int | None = None, *, idle: bool = False) -> ThreadPoolExecutor:
-    """Threads for work that is bound by memory.
+class Workers(Protocol):
+    """Threads that share work."""
 
-    Args:
-        num_threads: default `num_byte_workers()`.
-        idle: run only when nobody else wants the core; for all that is done while serving.
-    """
-    return ThreadPoolExecutor(
-        num_threads or num_byte_workers(),
-        thread_name_prefix="ckpt-bytes",
-        initializer=_be_idle if idle else None,
-    )
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+        """What `work` gives for each item, in their order."""
 
 
-def fault_in(mapped: mmap.mmap, advice: int, pool: Executor) -> None:
+def byte_workers(num_threads: int | None = None) -> ThreadPoolExecutor:
+    """Threads for work that is bound by memory; by default `num_byte_workers()`."""
+    return ThreadPoolExecutor(num_threads or num_byte_workers(), thread_name_prefix="ckpt-bytes")
+
+
+class IdleWorkers:
+    """As `byte_workers`, for all that is done while serving: they run when nobody else wants to."""
+
+    def __init__(self) -> None:
+        self._num_threads = num_byte_workers()
+        self._pool = ThreadPoolExecutor(
+            self._num_threads, thread_name_prefix="ckpt-idle", initializer=_be_idle
+        )
+        self._are_starving = False
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+        """What `work` gives for each item, in their order; after a failure, none is begun.
+
+        Each thread takes the next item by itself: whoever hands them out one by one would need the
+        interpreter as often as all threads together.
+        """
+        numbered = tuple(enumerate(items))
+        waiting, num_threads = iter(numbered), min(self._num_threads, len(numbered))
+
+        def take(core: _Core | None) -> dict[int, Result]:
+            done = {}
+            try:
+                for number, item in waiting:
+                    done[number] = work(item)
+                    if core is not None and (self._are_starving or core.is_withheld()):
+                        self._are_starving = True
+                        break
+            except BaseException:
+                deque(waiting, maxlen=0)
+                raise
+            return done
+
+        done: dict[int, Result] = {}
+        for part in self._pool.map(lambda _: take(_Core()), range(num_threads)):
+            done |= part
+        if self._are_starving:
+            with byte_workers() as others:
+                for part in others.map(take, [None] * num_threads):
+                    done |= part
+        return (done[number] for number in range(len(done)))
+
+    def __enter__(self) -> IdleWorkers:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+
+class _Core:
+    """Whether the calling thread gets one when it wants to run."""
+
+    def __init__(self) -> None:
+        self._at, self._ran, self._waited = time.monotonic(), *self._seconds()
+
+    def is_withheld(self) -> bool:
+        """Whether it has waited for one since this was last looked at, and hardly run."""
+        before, now = self._at, time.monotonic()
+        if now - before < STARVING_SECONDS:
+            return False
+        ran, waited = self._ran, self._waited
+        self._at, self._ran, self._waited = now, *self._seconds()
+        ran, waited = self._ran - ran, self._waited - waited
+        return waited > (now - before) / 2 and ran < STARVING_SHARE * waited
+
+    @staticmethod
+    def _seconds() -> tuple[float, float]:
+        """On a core, and waiting for one; zeros where the kernel does not count them."""
+        try:
+            ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+        except OSError:
+            return 0.0, 0.0
+        return int(ran) / 1e9, int(waited) / 1e9
+
+
+def fault_in(mapped: mmap.mmap, advice: int, pool: Workers) -> None:
     """Touch every page of a map now, so that no copy pays for it later.
 
     Raises:

@@ -17,10 +17,8 @@ update under way, not a replica that maps it.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
-import itertools
 import mmap
 import os
 import secrets
@@ -39,8 +37,8 @@ from checkpoint_engine.errors import HandoverError, StoreError, UsageError
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk, Manifest, TensorMeta, align, cut_chunks
 from checkpoint_engine.memory import (
     MADV_POPULATE_WRITE,
+    IdleWorkers,
     Pace,
-    byte_workers,
     fault_in,
     num_byte_workers,
 )
@@ -427,7 +425,11 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview | 
             source.read_into(chunk.tensor, start - origins[chunk.tensor], piece)
             yield piece
 
-    digests = _each(tuple(cut_chunks(tensors)), lambda chunk: digest_pieces(read_pieces(chunk)))
+    def digested(chunk: Chunk) -> tuple[int, bytes]:
+        return chunk.offset, digest_pieces(read_pieces(chunk))
+
+    with IdleWorkers() as pool:
+        digests = dict(pool.map(digested, cut_chunks(tensors)))
     return Manifest.of(
         msgspec.structs.replace(
             tensor,
@@ -439,30 +441,10 @@ def _fill(tensors: tuple[TensorMeta, ...], source: Source, memory: memoryview | 
     )
 
 
-def _each(chunks: Sequence[Chunk], work: Callable[[Chunk], bytes]) -> dict[int, bytes]:
-    """What `work` gives for each chunk, by its offset; after a failure, none is begun.
-
-    Each thread takes the next chunk by itself: whoever hands them out one by one would need the
-    interpreter as often as all threads together.
-    """
-    waiting = iter(chunks)
-
-    def work_through(_: int) -> list[tuple[int, bytes]]:
-        try:
-            return [(chunk.offset, work(chunk)) for chunk in waiting]
-        except BaseException:
-            collections.deque(waiting, maxlen=0)
-            raise
-
-    num_threads = num_byte_workers()
-    with byte_workers(num_threads, idle=True) as pool:
-        return dict(itertools.chain.from_iterable(pool.map(work_through, range(num_threads))))
-
-
 def _fault_in(memory: mmap.mmap) -> None:
     """Touch every page now, so that no copy pays for it later and shortage shows here."""
     try:
-        with byte_workers(idle=True) as pool:
+        with IdleWorkers() as pool:
             fault_in(memory, MADV_POPULATE_WRITE, pool)
     except OSError as error:
         if error.errno != 22:  # EINVAL: Linux before 5.14

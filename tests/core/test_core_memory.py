@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from checkpoint_engine.errors import UsageError
-from checkpoint_engine.memory import MADV_POPULATE_WRITE, Pace, byte_workers, fault_in
+from checkpoint_engine.memory import (
+    MADV_POPULATE_WRITE,
+    IdleWorkers,
+    Pace,
+    byte_workers,
+    fault_in,
+    num_byte_workers,
+)
 
 NUM_BYTES = 128 << 20
 
@@ -20,11 +31,59 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+def priority(_: object) -> int:
+    return os.sched_getscheduler(0)
+
+
 def test_idle_threads_are_idle_and_others_are_not() -> None:
-    with byte_workers(idle=True) as idle, byte_workers() as others:
-        assert idle.submit(os.sched_getscheduler, 0).result(10) == os.SCHED_IDLE
-        assert others.submit(os.sched_getscheduler, 0).result(10) == os.SCHED_OTHER
+    with IdleWorkers() as idle, byte_workers() as others:
+        assert set(idle.map(priority, range(8))) == {os.SCHED_IDLE}
+        assert set(others.map(priority, range(8))) == {os.SCHED_OTHER}
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.fixture
+def contended_core() -> Iterator[None]:
+    """The one core that this thread, and those that it starts, may use; another process does."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    burn = "print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", burn], stdout=subprocess.PIPE) as burner:
+        assert burner.stdout is not None
+        burner.stdout.readline()
+        yield
+        burner.kill()
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.usefixtures("contended_core")
+def test_where_idle_threads_starve_others_take_over() -> None:
+    content = bytes(8 << 20)
+
+    def digest(number: int) -> tuple[int, int, str]:
+        return number, priority(None), hashlib.sha256(content).hexdigest()
+
+    with IdleWorkers() as idle:
+        done = list(idle.map(digest, range(40)))
+    numbers, priorities, digests = zip(*done, strict=True)
+    assert numbers == tuple(range(40))
+    assert set(digests) == {hashlib.sha256(content).hexdigest()}
+    assert priorities[0] == os.SCHED_IDLE
+    assert priorities[-1] == os.SCHED_OTHER
+
+
+def test_after_a_failure_no_item_is_begun() -> None:
+    begun = []
+
+    def fail_third(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.01)
+        if number == 2:
+            raise ValueError("the third")
+
+    with IdleWorkers() as idle, pytest.raises(ValueError, match="the third"):
+        idle.map(fail_third, range(1000))
+    assert len(begun) <= 3 + 2 * num_byte_workers()
 
 
 def test_pages_are_there_afterwards_and_other_threads_ran_meanwhile() -> None:

@@ -20,7 +20,7 @@ import torch
 from checkpoint_engine.adapters.base import Content, Identity, Served
 from checkpoint_engine.errors import AdapterError, UpdateRefused, VerificationError
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.memory import byte_workers
+from checkpoint_engine.memory import IdleWorkers
 from checkpoint_engine.sources.lora import adapter_config, adapter_parameters
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME, encoded_config
 from checkpoint_engine.sources.tensors import TensorSource
@@ -120,7 +120,7 @@ class AttachedAdapter:
         self._incoming = content
         if version.parent != self._base():
             raise LacksBase(f"{version.label!r} is made for another base than is served here")
-        with byte_workers(idle=True) as pool:
+        with IdleWorkers() as pool:
             content.verify(pool)
         tensors = dict(content.tensors())
         if CONFIG_NAME not in tensors:

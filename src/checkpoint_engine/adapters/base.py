@@ -10,13 +10,13 @@ Every step may raise; the session turns that into a "no", with the traceback. On
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from typing import Protocol
 
 import msgspec
 import torch
 
 from checkpoint_engine.manifest import Manifest, TensorMeta, Version
+from checkpoint_engine.memory import Workers
 
 __all__ = ["Adapter", "Content", "Identity", "Served"]
 
@@ -55,7 +55,7 @@ class Content(Protocol):
     manifest: Manifest
     way_back: str
 
-    def verify(self, pool: Executor) -> None:
+    def verify(self, pool: Workers) -> None:
         """While serving: raise unless the bytes are those of the manifest, or are to be had."""
         ...
 

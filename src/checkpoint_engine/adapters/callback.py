@@ -31,7 +31,7 @@ from checkpoint_engine.adapters.module import Snapshot, Watch
 from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.memory import byte_workers
+from checkpoint_engine.memory import IdleWorkers, byte_workers
 
 __all__ = ["CallbackAdapter", "Kept", "Run"]
 
@@ -110,7 +110,7 @@ class CallbackAdapter:
         self._incoming = content
         self._feed = self._new_feed(content)
         if self._feed is None or isinstance(content, Streamed):
-            with byte_workers(idle=True) as pool:
+            with IdleWorkers() as pool:
                 content.verify(pool)
         self._watch = self._new_watch()
         if self._served is not None and self._served.is_there():

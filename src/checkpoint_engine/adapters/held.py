@@ -9,12 +9,12 @@ It needs nobody else: whoever sent it may die, and it may be the way back of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
 
 import torch
 
 from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import TensorMeta
+from checkpoint_engine.memory import Workers
 from checkpoint_engine.sources.tensors import TensorSource
 from checkpoint_engine.store import digest_in_place
 
@@ -37,7 +37,7 @@ class Held:
         self._tensors = dict(tensors)
         self.manifest = digest_in_place(TensorSource(self._tensors))
 
-    def verify(self, pool: Executor) -> None:
+    def verify(self, pool: Workers) -> None:
         """Digest the bytes again.
 
         Raises:

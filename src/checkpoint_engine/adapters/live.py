@@ -18,7 +18,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +34,7 @@ from checkpoint_engine.manifest import (
     num_chunks,
     version_digest,
 )
+from checkpoint_engine.memory import Workers
 
 __all__ = ["Copy", "LiveModel", "Plan", "Storage", "check_written", "write"]
 
@@ -231,7 +231,7 @@ class LiveModel:
 
 def write(
     plan: Plan,
-    pool: Executor,
+    pool: Workers,
     digest: Callable[[Iterable[memoryview]], bytes] = digest_pieces,
     deadline: float = math.inf,
 ) -> dict[Storage, bytes]:

@@ -17,7 +17,6 @@ never remembered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from checkpoint_engine.engines.base import LoraEngine
 from checkpoint_engine.engines.endpoint import Endpoint
 from checkpoint_engine.errors import AdapterError, CheckpointEngineError, VerificationError
 from checkpoint_engine.manifest import Manifest, TensorMeta, Version
-from checkpoint_engine.memory import byte_workers
+from checkpoint_engine.memory import IdleWorkers, Workers
 
 __all__ = ["UNLOADED", "LoraAdapter"]
 
@@ -96,7 +95,7 @@ class LoraAdapter:
             return "source"
         self._is_new = not self._folders.has(self._name, content.manifest.digest)
         try:
-            with byte_workers(idle=True) as pool:
+            with IdleWorkers() as pool:
                 content.verify(pool)
             self._folder = self._folders.write(self._name, content)
         finally:
@@ -224,7 +223,7 @@ class _NoLora:
     manifest = Manifest.of(())
     way_back = "source"
 
-    def verify(self, pool: Executor) -> None:
+    def verify(self, pool: Workers) -> None:
         """There is nothing to verify."""
 
     def is_there(self) -> bool:

@@ -13,7 +13,6 @@ keep their map alive. A version may be kept after its update, as the way back of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 
 import torch
 
@@ -21,7 +20,7 @@ from checkpoint_engine.codec.digest import first_mismatch
 from checkpoint_engine.dtypes import torch_dtype, torch_shape
 from checkpoint_engine.errors import ManifestError, VerificationError
 from checkpoint_engine.manifest import Manifest, TensorMeta
-from checkpoint_engine.memory import Pace
+from checkpoint_engine.memory import Pace, Workers
 from checkpoint_engine.transport.handover import Attachment, Attachments, Part
 
 __all__ = ["Staged"]
@@ -110,7 +109,7 @@ class Staged:
         for _, attachment in self._held:
             attachment.discard_writes()
 
-    def verify(self, pool: Executor) -> None:
+    def verify(self, pool: Workers) -> None:
         """Recompute the digest of every chunk.
 
         Raises:

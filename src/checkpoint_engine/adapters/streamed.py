@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from typing import Protocol
 
 import torch
@@ -30,6 +29,7 @@ from checkpoint_engine.codec.digest import digest_pieces
 from checkpoint_engine.dtypes import torch_dtype, torch_shape
 from checkpoint_engine.errors import SourceError
 from checkpoint_engine.manifest import CHUNK_BYTES, DIGEST_BYTES, Manifest, TensorMeta
+from checkpoint_engine.memory import Workers
 
 __all__ = ["Streamed", "Tensors"]
 
@@ -83,7 +83,7 @@ class Streamed:
         self.way_back = tensors.way_back
         self._thread = threading.local()
 
-    def verify(self, pool: Executor) -> None:
+    def verify(self, pool: Workers) -> None:
         """Look whether every byte is to be had; what it is, is checked as it is read.
 
         Raises:

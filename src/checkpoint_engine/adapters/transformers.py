@@ -27,7 +27,7 @@ from checkpoint_engine.adapters.live import LiveModel, Plan, Storage, check_writ
 from checkpoint_engine.adapters.streamed import Streamed
 from checkpoint_engine.errors import AdapterError, SourceError, VerificationError
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.memory import byte_workers
+from checkpoint_engine.memory import IdleWorkers, byte_workers
 from checkpoint_engine.sources import SafetensorsSource
 from checkpoint_engine.store import digest_in_place
 
@@ -146,7 +146,7 @@ class TransformersAdapter:
         """
         self._incoming, self._version = content, version
         self._serving.accept(version)
-        with byte_workers(idle=True) as pool:
+        with IdleWorkers() as pool:
             content.verify(pool)
         self._plan = self._live.bind(content)
         return self._secure_way_back(streamed=isinstance(content, Streamed))

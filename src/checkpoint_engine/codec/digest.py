@@ -3,19 +3,19 @@
 xxhash releases the interpreter lock, so threads add up until memory bandwidth is reached, which
 two of them do on common hosts.
 
-    with byte_workers(idle=True) as pool:
+    with IdleWorkers() as pool:
         wrong = first_mismatch(manifest.chunks(), staged.memory, pool)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
 
 import xxhash
 
 from checkpoint_engine.errors import VerificationError
 from checkpoint_engine.manifest import CHUNK_BYTES, Chunk
+from checkpoint_engine.memory import Workers
 from checkpoint_engine.plan.buckets import Bucket, plan_buckets
 
 __all__ = [
@@ -62,7 +62,7 @@ def chunk_digests(data: memoryview) -> bytes:
 
 
 def first_mismatch(
-    chunks: Iterable[Chunk], memory: Callable[[int, int], memoryview], pool: Executor
+    chunks: Iterable[Chunk], memory: Callable[[int, int], memoryview], pool: Workers
 ) -> Chunk | None:
     """The first chunk whose bytes break the promise of its digest, or None.
 

@@ -39,7 +39,7 @@ from checkpoint_engine.errors import (
     ProtocolError,
     StoreError,
 )
-from checkpoint_engine.memory import MADV_POPULATE_READ, byte_workers, fault_in
+from checkpoint_engine.memory import MADV_POPULATE_READ, IdleWorkers, fault_in
 from checkpoint_engine.store import F_SEAL_SHRINK, Segment
 from checkpoint_engine.transport import sockets
 from checkpoint_engine.transport.channel import Channel
@@ -332,5 +332,5 @@ def _map(descriptor: int, *, shared: bool) -> mmap.mmap:
 
 def _fault_in(mapped: mmap.mmap) -> None:
     """Only speed: before Linux 5.14 pages fault in one by one."""
-    with contextlib.suppress(OSError), byte_workers(idle=True) as pool:
+    with contextlib.suppress(OSError), IdleWorkers() as pool:
         fault_in(mapped, MADV_POPULATE_READ, pool)
