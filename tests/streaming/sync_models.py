@@ -47,7 +47,7 @@ def with_adapter(base: torch.nn.Module, name: str = "default", **options: Any) -
 
 def lora(**options: Any) -> LoraConfig:
     chosen = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    return LoraConfig(init_lora_weights=False, **{**chosen, **options})
+    return LoraConfig(**{"init_lora_weights": False, **chosen, **options})
 
 
 @torch.no_grad()

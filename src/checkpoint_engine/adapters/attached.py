@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,14 @@ def config_tensor(model: torch.nn.Module, adapter: str) -> torch.Tensor:
     """An adapter's configuration as a tensor of bytes, to be sent under `CONFIG_NAME`."""
     encoded = encoded_config(adapter_config(model, adapter))
     return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Which adapters a model samples with."""
+
+    active: tuple[str, ...]
+    is_enabled: bool = True
 
 
 class Base(torch.nn.Module):
@@ -100,6 +109,7 @@ class AttachedAdapter:
         self._config = torch.empty(0, dtype=torch.uint8)
         self._served: str | None = None
         self._before: tuple[Tensors, torch.Tensor, str] | None = None
+        self._use = _Use((name,))
         self._changed = False
 
     def base(self) -> str | None:
@@ -148,6 +158,7 @@ class AttachedAdapter:
         assert self._incoming is not None, "prepare comes before apply"
         tensors = dict(self._incoming.tensors())
         config = tensors.pop(CONFIG_NAME)
+        self._use = self._used()
         self._changed = True
         self._attach(tensors, config)
 
@@ -180,6 +191,7 @@ class AttachedAdapter:
         if self._changed:
             if self._before is None:
                 self.detach()  # what there is of it
+                self._sample_as_before()
             else:
                 tensors, config, digest = self._before
                 self._attach(tensors, config)
@@ -229,20 +241,40 @@ class AttachedAdapter:
 
         kind = _settings(config)
         was_training = self._host.model.training
-        active = list(self._peft().active_adapters) if self._peft() is not None else [self._name]
         if self._has() and not torch.equal(self._config, config):
             self.detach()  # another rank or other layers: its tensors are others
         with torch.random.fork_rng(devices=[]):  # what peft begins with is drawn, and not wanted
             if self._peft() is None:
+                _unwrap(self._host.model)
                 self._host.model = PeftModel(
                     self._host.model, kind, self._name, autocast_adapter_dtype=False
                 )
             elif not self._has():
                 self._peft().add_adapter(self._name, kind, autocast_adapter_dtype=False)
-        self._load(tensors)
         self._config = config.clone()
-        self._peft().base_model.set_adapter(active)
+        self._load(tensors)
+        self._sample_as_before()
         self._host.model.train(was_training)
+
+    def _used(self) -> _Use:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model = self._peft()
+        if model is None:
+            return _Use((self._name,))
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        return _Use(
+            tuple(model.active_adapters), is_enabled=not any(one.disable_adapters for one in layers)
+        )
+
+    def _sample_as_before(self) -> None:
+        """Whatever peft has made active meanwhile; a first adapter is."""
+        model = self._peft()
+        if model is None:
+            return
+        model.base_model.set_adapter([one for one in self._use.active if one in model.peft_config])
+        if not self._use.is_enabled:
+            model.base_model.disable_adapter_layers()
 
     def _load(self, tensors: Tensors) -> None:
         """Give the adapter's parameters copies of these tensors, dtypes included."""
@@ -268,6 +300,8 @@ class AttachedAdapter:
             return
         others = [name for name in model.peft_config if name != self._name]
         if not others:
+            if self._has():  # else peft leaves the modules that it has trained in the base
+                model.delete_adapter(self._name)
             self._host.model = model.unload()
             return
         active = [name for name in model.active_adapters if name != self._name]
@@ -277,7 +311,11 @@ class AttachedAdapter:
 
 
 def _settings(config: torch.Tensor) -> Any:
-    """What peft makes of an adapter's configuration; raises AdapterError if it can make nothing."""
+    """What peft makes of an adapter's configuration.
+
+    Raises:
+        AdapterError: it can make nothing of it, or the adapter has parameters of the base.
+    """
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -286,9 +324,16 @@ def _settings(config: torch.Tensor) -> Any:
         ) from error
     try:
         settings = json.loads(config.numpy().tobytes())
-        return PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+        kind: Any = PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"peft here can make nothing of {CONFIG_NAME}: {error}") from error
+    if (bias := getattr(kind, "bias", "none")) != "none":
+        raise AdapterError(
+            f"the adapter is trained with bias={bias!r}: biases are the base's, which adapters "
+            "share; sync it with merge_and_sync=True"
+        )
+    kind.init_lora_weights = False  # PiSSA and its like begin by writing to the base
+    return kind
 
 
 def _unwrap(model: torch.nn.Module) -> None:

@@ -184,12 +184,14 @@ class Seats:
         self._sampler = sampler
         self._requests = _Requests(sampler)
         self._weights = Seat(_weights_adapter(sampler), self._requests)
+        self._places = _places(sampler)
         self._attached: dict[str, Seat] = {}
         self.version: Version | None = None
         self.adapters: dict[str, Version] = {}
 
     def seat(self, order: Order, name: str) -> Seat:
         """Where a version of this kind goes; it may refuse it."""
+        self._follow()
         seat = self._weights
         if order.kind == "adapter" and not hasattr(self._sampler, "load_weights"):
             if order.adapter not in self._attached:
@@ -201,6 +203,12 @@ class Seats:
         seat.published = partial(self._published, order)
         return seat
 
+    def _follow(self) -> None:
+        """If the sampler has another model now, or its tensors lie elsewhere, write to those."""
+        if (places := _places(self._sampler)) != self._places:
+            self._weights = Seat(_weights_adapter(self._sampler), self._requests)
+            self._places, self.version = places, None
+
     def _base(self) -> str | None:
         return self.version.digest if self.version else None
 
@@ -210,7 +218,7 @@ class Seats:
                 "this sampler loads weights by itself, and has no model to which an adapter could "
                 "be attached; vLLM and SGLang take adapters by ParameterServer.update(lora=...)"
             )
-        attached = self._all_attached()
+        attached = [*self._all_attached(), *self._own()]
         if order.kind in ("weights", "merged") and attached:
             return (
                 f"adapters are attached here ({', '.join(attached)}), and would be applied to what "
@@ -228,12 +236,21 @@ class Seats:
     def _all_attached(self) -> list[str]:
         return sorted({*self.adapters, *self._requests.torn} - {WEIGHTS})
 
+    def _own(self) -> list[str]:
+        """The adapters that the sampler's model has, and that did not come from here."""
+        model = self._sampler.model if not hasattr(self._sampler, "load_weights") else None
+        return sorted({*getattr(model, "peft_config", ())} - {*self._all_attached()})
+
     def _on_another(self, base: Version) -> list[str]:
-        """The adapters that are not known to be for this base, if it is not served already."""
+        """The adapters that are not known to be for this base, if it is not served already.
+
+        The sampler's own are for its first one.
+        """
         if base.digest == self._base():
             return []
         known = [name for name, one in self.adapters.items() if one.parent == base.digest]
-        return [name for name in self._all_attached() if name not in known]
+        own = self._own() if self.version is not None else []
+        return [name for name in (*self._all_attached(), *own) if name not in known]
 
     def _published(self, order: Order) -> None:
         """This is what is served now; requests wait still."""
@@ -262,16 +279,15 @@ class Seats:
         Raises:
             UsageError: there is none of that name.
         """
-        if name not in self._all_attached():
-            raise UsageError(f"no adapter {name!r} is attached; there are {self._all_attached()}")
+        names = [*self._all_attached(), *self._own()]
+        if name not in names:
+            raise UsageError(f"no adapter {name!r} is attached; there are {names}")
         self._take_off(name)
         self._requests.release()
 
     def _take_off(self, name: str) -> None:
-        adapter = self._attached[name].adapter
-        assert isinstance(adapter, AttachedAdapter), "an adapter's seat"
-        adapter.detach()
-        del self._attached[name]
+        AttachedAdapter(self._sampler, name, self._base).detach()
+        self._attached.pop(name, None)
         self.adapters.pop(name, None)
         self._requests.torn.discard(name)
 
@@ -413,6 +429,17 @@ class _Loader:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Of which, unlike of numbers, all are equal to themselves."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _places(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
+    """Where the tensors of a sampler's base are, and of what kind, if it does not load itself."""
+    model = getattr(sampler, "model", None)
+    if hasattr(sampler, "load_weights") or not isinstance(model, torch.nn.Module):
+        return {}
+    return {
+        name: (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape)
+        for name, tensor in _base_of(model).state_dict().items()
+    }
 
 
 def _weights_adapter(sampler: Sampler) -> Adapter:

@@ -119,7 +119,7 @@ class TrainerSide:
         step = _Step(kind=kind, adapter=adapter)
         if kind != "adapter":
             return self._one(model, step, label, steps)
-        if self._base is not None and self._base.seen.is_of(model):
+        if self._has_base_of(model):
             ending = self._one(model, step, label, steps, more=_lacks_base)
             if not ending.more:
                 return ending
@@ -138,9 +138,8 @@ class TrainerSide:
         more: Callable[[Report], bool] = lambda report: False,
     ) -> Ending:
         """Send one version. `more`: whether another follows, which the samplers are told."""
-        # To what was merged, an adapter would be applied twice.
-        seen = BaseSeen(model) if step.kind == "base" else None
-        sent = self._stream(self._announced(model, step, steps), label)
+        seen: list[BaseSeen] = []
+        sent = self._stream(self._announced(model, step, steps, seen), label)
         parent = self._base.digest if step.kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
         order = Order(kind=step.kind, version=version, adapter=step.adapter)
@@ -148,13 +147,27 @@ class TrainerSide:
         keys.put("order", msgspec.msgpack.encode(order))
         report = conduct(keys, version, sent.num_bytes, self._engine.lost, self._timeout_seconds)
         if step.kind != "adapter" and _is_published(report):
-            self._base = _Base(version.digest, seen) if seen else None
+            # To what was merged, an adapter would be applied twice.
+            self._base = _Base(version.digest, seen[0]) if seen else None
         ending = Ending(report=report, more=more(report))
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
 
-    def _announced(self, model: torch.nn.Module, step: _Step, steps: Log) -> _Weights:
+    def _has_base_of(self, model: torch.nn.Module) -> bool:
+        """Whether the samplers were sent this model's base, as it is."""
+        try:
+            return self._base is not None and self._base.seen.is_of(model)
+        except CheckpointEngineError:
+            return False  # all are told why when it is sent
+
+    def _announced(
+        self, model: torch.nn.Module, step: _Step, steps: Log, seen: list[BaseSeen]
+    ) -> _Weights:
+        """What fails in it, the samplers hear. `seen`: where a base that is sent is noted."""
+
         def tensors() -> Weights:
+            if step.kind == "base":
+                seen.append(BaseSeen(model))
             steps.append(msgspec.msgpack.encode(step))
             yield from made(model, step, self._timeout_seconds)
 
