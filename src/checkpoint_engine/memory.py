@@ -106,12 +106,16 @@ class IdleWorkers:
             return done
 
         done: dict[int, Result] = {}
-        for part in self._pool.map(lambda _: take(_Core()), range(num_threads)):
-            done |= part
-        if self._are_starving:
-            with byte_workers() as others:
-                for part in others.map(take, [None] * num_threads):
-                    done |= part
+        try:
+            for part in self._pool.map(lambda _: take(_Core()), range(num_threads)):
+                done |= part
+            if self._are_starving:
+                with byte_workers() as others:
+                    for part in others.map(take, [None] * num_threads):
+                        done |= part
+        except BaseException:  # an interruption, too
+            deque(waiting, maxlen=0)
+            raise
         return (done[number] for number in range(len(done)))
 
     def __enter__(self) -> IdleWorkers:

@@ -501,3 +501,5 @@ def test_a_wait_ends_when_the_group_is_abandoned() -> None:
     store.close()
     with pytest.raises(TransferError, match="abandoned while it was made"):
         waiting.result()
+    with pytest.raises(TransferError, match="abandoned while it was made"):
+        store.set("late", b"")  # which would connect again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -84,6 +85,20 @@ def test_after_a_failure_no_item_is_begun() -> None:
     with IdleWorkers() as idle, pytest.raises(ValueError, match="the third"):
         idle.map(fail_third, range(1000))
     assert len(begun) <= 3 + 2 * num_byte_workers()
+
+
+def test_after_an_interruption_no_item_is_begun() -> None:
+    begun = []
+
+    def interrupt_at_third(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.05)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), IdleWorkers() as idle:
+        idle.map(interrupt_at_third, range(1000))
+    assert len(begun) < 100
 
 
 def test_pages_are_there_afterwards_and_other_threads_ran_meanwhile() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
@@ -18,6 +22,7 @@ from checkpoint_engine.errors import (
     CheckpointEngineError,
     PeerLost,
     SourceError,
+    TransferError,
     UsageError,
     VerificationError,
 )
@@ -38,6 +43,7 @@ from checkpoint_engine.streaming import (
 from checkpoint_engine.streaming import engine as engine_module
 from checkpoint_engine.streaming.carriers import NUM_SLOTS
 from checkpoint_engine.streaming.messages import Ear
+from children import wait_until
 
 KINDS = [GlooCheckpointEngine, SharedMemoryCheckpointEngine]
 Pair = tuple[Any, Any]
@@ -198,6 +204,53 @@ def test_whoever_is_cancelled_before_the_meeting_leaves_nothing_behind(
     for seed in range(3):
         asyncio.run(alone())
         assert len(sync(pair, weights(seed))[1]) == len(weights(seed))
+
+
+def test_a_trainer_that_is_cancelled_while_the_others_meet_goes_at_once(
+    socket_folder: Path,
+) -> None:
+    """A receiver that hangs there would keep it for the timeout."""
+    trainer, sampler = connected(GlooCheckpointEngine, timeout=1000)
+    joining, released = threading.Event(), threading.Event()
+
+    def hang(*_: Any) -> None:
+        joining.set()
+        released.wait(60)
+        raise TransferError("it hung")
+
+    sampler.link.carrier.join = hang
+
+    async def both() -> None:
+        receiving = asyncio.create_task(received(sampler))
+        sending = asyncio.create_task(trainer.send_weights(weights(1)))
+        assert await asyncio.to_thread(joining.wait, 60)
+        sending.cancel()
+        await asyncio.wait([sending], timeout=60)
+        assert sending.cancelled()
+        released.set()
+        with pytest.raises(CheckpointEngineError):
+            await receiving
+
+    asyncio.run(both())
+    sampler.finalize()
+    trainer.finalize()
+
+
+def test_a_link_that_broke_between_two_syncs_is_made_anew(pair: Pair) -> None:
+    """Both live, so no sync is lost by it."""
+    sync(pair, weights(1))
+    break_link_to(int(pair[1]._presence.address.rpartition(":")[2]))
+    wait_until(lambda: pair[0].lost() == [1])
+    sync(pair, weights(2))
+    assert pair[0].lost() == []
+
+
+def break_link_to(port: int) -> None:
+    """End this process's TCP connections to that port, as the kernel does without an answer."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            if one.family == socket.AF_INET and one.getpeername()[1] == port:
+                one.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_consumer_that_is_cancelled_ends_the_cycle(pair: Pair) -> None:

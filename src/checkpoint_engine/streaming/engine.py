@@ -290,10 +290,10 @@ class StreamingEngine(CheckpointEngine):
         return Meeting(own_address(), 0, by_launcher=False)
 
     def _leave(self) -> None:
+        if self._link is not None:
+            self._link.close()  # which ends a cycle, and what watches the lines
         if self._lines is not None:
             self._lines.close()
-        if self._link is not None:
-            self._link.close()
         if self._presence is not None:
             self._presence.close()
         self._link = self._lines = self._presence = None

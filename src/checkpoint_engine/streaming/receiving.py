@@ -99,6 +99,7 @@ class Receiving:
         self._ear: Ear[FromSender]
         self._voice: Voice | None = None
         self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
+        self._failing = threading.Lock()
         self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
         self._taker = self._worker("ckpt-arrive", self._coming, self._take)
@@ -116,11 +117,11 @@ class Receiving:
         """
         with self._link.turn((self._listener, self._taker, self._checker)):
             cycle = self._link.join(self._is_over)
-            self._voice = Voice(cycle.speaking.log("heard"))
             self._ear = Ear(cycle.hearing.log("sent"), FROM_SENDER)
             with with_sender():
                 hello = msgspec.msgpack.encode(self._hello())
                 cycle.speaking.put(f"hello/{self._link.rank}", hello)
+            self._voice = Voice(cycle.speaking.log("heard"))  # others may speak from here on
             plan = self._hear()
             if plan is None:  # the consumer was cancelled before there was a voice to say so
                 self._say_failed(error := UsageError("its consumer left before the first tensor"))
@@ -307,11 +308,13 @@ class Receiving:
             self._arrived.put(Arrived(tensors, place.release))
 
     def _fail(self, error: BaseException) -> None:
-        if not self._is_over():
+        with self._failing:  # of two threads that fail at once, one says it
+            if self._is_over():
+                return
             self._say_failed(error)
             self._stopped.set()
-            self._listener.join(CAUSE_SECONDS)
-            self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
+        self._listener.join(CAUSE_SECONDS)
+        self._arrived.put(self._cause(error) if isinstance(error, TransferError) else error)
 
     def _checked(self, end: End) -> Version:
         digest = self._ledger.digest()

@@ -186,7 +186,7 @@ class Sending:
         watch = self._watch = Watch(ear, self._lines, self._ranks)
         world_size = self._link.rendezvous.world_size
         self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way, world_size=world_size))
-        with ended_by(self._carrier.abandon, when=lambda: watch.has_failed):
+        with ended_by(self._carrier.abandon, when=lambda: watch.has_failed or self._is_over()):
             self._carrier.join(way, self._settings.timeout_seconds)
         return bucket_bytes
 
@@ -201,14 +201,16 @@ class Sending:
                 hellos[missing[0]] = decode_hello(entry)
                 self._lines.hold(missing[0], hellos[missing[0]])
                 continue
-            is_over = self._stopped.is_set() or self._link.stopped.is_set()
-            if is_over or time.monotonic() > deadline:
+            if self._is_over() or time.monotonic() > deadline:
                 raise DeadlineExceeded(
                     f"{named_ranks(missing[:1])} of {len(self._ranks)} receivers did not come in "
                     f"{self._settings.timeout_seconds:.0f} s: is it up, does it receive, and was "
                     "it given the same CKPT_ENGINE_SECRET, or on one host CKPT_ENGINE_SOCKET_DIR?"
                 )
         return hellos
+
+    def _is_over(self) -> bool:
+        return self._stopped.is_set() or self._link.stopped.is_set()
 
     async def _pack(self, weights: Weights, slots: list[torch.Tensor]) -> None:
         bucket_bytes = len(slots[0])

@@ -70,12 +70,13 @@ class Lines:
 
     def __init__(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._lines: dict[int, tuple[str, Line]] = {}
+        self._lines: dict[int, tuple[tuple[str, bytes], Line]] = {}
 
     def hold(self, rank: int, hello: Hello) -> None:
-        """Be connected to this receiver."""
+        """Be connected to this receiver, anew if the link broke between two cycles."""
+        place = hello.address, hello.key
         held = self._lines.get(rank)
-        if held is not None and held[0] == hello.address:
+        if held is not None and held[0] == place and not held[1].is_broken():
             return
         self.drop(rank)
         line = Line(
@@ -85,7 +86,7 @@ class Lines:
             server_key=hello.key,
             peer=f"rank {rank}",
         )
-        self._lines[rank] = hello.address, line
+        self._lines[rank] = place, line
 
     def broken(self) -> list[int]:
         """Which receivers are gone."""

@@ -59,6 +59,7 @@ class GroupStore(Store):
     def set(self, key: str, value: bytes | str) -> None:
         """Give a key a value."""
         with self._lock:
+            self._check_open()
             self._note(key)
             self._keys.set(self._prefix + key, value.encode() if isinstance(value, str) else value)
 
@@ -69,6 +70,7 @@ class GroupStore(Store):
     def add(self, key: str, amount: int) -> int:
         """Add to a counter."""
         with self._lock:
+            self._check_open()
             self._note(key)
             return self._keys.add(self._prefix + key, amount)
 
@@ -89,6 +91,7 @@ class GroupStore(Store):
     def delete_key(self, key: str) -> bool:
         """Forget a key."""
         with self._lock:
+            self._check_open()
             return bool(self._keys.delete(self._prefix + key))
 
     def close(self) -> None:
@@ -97,14 +100,17 @@ class GroupStore(Store):
         with self._lock:
             self._keys.close()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TransferError("the group was abandoned while it was made")
+
     def _found(self, key: str, seconds: float) -> bytes:
         """A key's value; the lock is let go now and then, for those who close."""
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
             with self._lock:
-                if self._is_closed:
-                    raise TransferError("the group was abandoned while it was made")
+                self._check_open()
                 try:
                     return self._keys.get(self._prefix + key, min(left, POLL_SECONDS))
                 except DeadlineExceeded as error:
