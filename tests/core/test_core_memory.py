@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,16 +87,32 @@ def test_after_a_failure_no_item_is_begun() -> None:
     assert len(begun) <= 3 + 2 * num_byte_workers()
 
 
-def test_after_an_interruption_no_item_is_begun() -> None:
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Interrupts this thread as Ctrl-C does, which a background job may have turned off."""
+
+    def raise_it(*_: object) -> None:
+        raise Interrupted
+
+    before, thread = signal.signal(signal.SIGUSR1, raise_it), threading.get_ident()
+    yield lambda: signal.pthread_kill(thread, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_after_an_interruption_no_item_is_begun(interrupt: Callable[[], None]) -> None:
     begun = []
 
     def interrupt_at_third(number: int) -> None:
         begun.append(number)
         time.sleep(0.05)
         if number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
-    with pytest.raises(KeyboardInterrupt), IdleWorkers() as idle:
+    with pytest.raises(Interrupted), IdleWorkers() as idle:
         idle.map(interrupt_at_third, range(1000))
     assert len(begun) < 100
 
