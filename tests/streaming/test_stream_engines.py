@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -243,6 +245,25 @@ def test_a_link_that_broke_between_two_syncs_is_made_anew(pair: Pair) -> None:
     wait_until(lambda: pair[0].lost() == [1])
     sync(pair, weights(2))
     assert pair[0].lost() == []
+
+
+@pytest.mark.filterwarnings("ignore:.*(unclosed|Unclosed):ResourceWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_engines_that_are_dropped_without_an_end_do_not_stop_the_collector(
+    kind: Any, socket_folder: Path
+) -> None:
+    """As by an error whose frames have them; whichever thread collects would wait for ever."""
+    pair = connected(kind)
+    sync(pair, weights(1))
+    for engine in pair:
+        engine.itself = engine
+    dropped = weakref.ref(pair[0])
+    del pair, engine
+    collecting = threading.Thread(target=gc.collect, daemon=True)
+    collecting.start()
+    collecting.join(20)
+    assert not collecting.is_alive()
+    assert dropped() is None
 
 
 def break_link_to(port: int) -> None:

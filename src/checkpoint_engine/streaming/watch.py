@@ -33,7 +33,7 @@ from checkpoint_engine.streaming.messages import (
     Ready,
     raised,
 )
-from checkpoint_engine.transport.line import Line
+from checkpoint_engine.transport.line import Context, Line
 from checkpoint_engine.transport.responder import Responder
 
 __all__ = ["Lines", "Presence", "Watch", "died", "named_ranks"]
@@ -69,7 +69,7 @@ class Lines:
     """The sender's connections to its receivers' ports, kept from cycle to cycle."""
 
     def __init__(self) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = Context()
         self._lines: dict[int, tuple[tuple[str, bytes], Line]] = {}
 
     def hold(self, rank: int, hello: Hello) -> None:

@@ -29,7 +29,7 @@ from checkpoint_engine.errors import (
     ProtocolError,
     UsageError,
 )
-from checkpoint_engine.transport.line import Line
+from checkpoint_engine.transport.line import Context, Line
 from checkpoint_engine.transport.responder import Responder
 from checkpoint_engine.transport.secret import Credentials
 
@@ -345,7 +345,7 @@ class KeyClient:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self.address, self._credentials = address, credentials
-        self._context, self._is_fork = context or zmq.Context(), context is not None
+        self._context, self._is_fork = context or Context(), context is not None
         self._line: Line | None = None
         self._num_requests = 0
 

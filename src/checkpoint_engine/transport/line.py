@@ -17,7 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from checkpoint_engine.errors import DeadlineExceeded, HandoverError, PeerLost
 
-__all__ = ["Line", "notice_lost_hosts"]
+__all__ = ["Context", "Line", "notice_lost_hosts"]
 
 IDLE_SECONDS, PROBE_SECONDS, NUM_PROBES = 3, 2, 3
 
@@ -42,6 +42,17 @@ def notice_lost_hosts(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, PROBE_SECONDS)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, NUM_PROBES)
     socket.setsockopt(zmq.TCP_MAXRT, 1000 * (IDLE_SECONDS + PROBE_SECONDS * NUM_PROBES))
+
+
+class Context(zmq.Context[zmq.Socket[bytes]]):
+    """ZeroMQ's, that can be collected at once with its sockets: it waits until they are closed.
+
+    pyzmq closes those that it knows, by weak references, which the collector clears before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sockets = set()  # type: ignore[assignment]
 
 
 class Line:

@@ -35,7 +35,7 @@ from checkpoint_engine.errors import (
     StoreError,
 )
 from checkpoint_engine.store import Segment
-from checkpoint_engine.transport.line import Line
+from checkpoint_engine.transport.line import Context, Line
 from checkpoint_engine.transport.peer import Exporter, Way
 from checkpoint_engine.transport.responder import Responder
 from checkpoint_engine.transport.transports import exporters
@@ -254,7 +254,7 @@ class PeerClient:
         self._leases: list[str] = []
         self._closed = threading.Event()
         self._renewing: threading.Thread | None = None
-        self._context = zmq.Context()
+        self._context = Context()
         try:
             self._line = Line(
                 self._context,

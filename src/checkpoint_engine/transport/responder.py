@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from checkpoint_engine.errors import DeadlineExceeded, UsageError
-from checkpoint_engine.transport.line import notice_lost_hosts
+from checkpoint_engine.transport.line import Context, notice_lost_hosts
 
 __all__ = ["Responder"]
 
@@ -44,7 +44,7 @@ class Responder:
     def __init__(
         self, *, name: str, max_request_bytes: int, private_key: bytes | None = None
     ) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_request_bytes)

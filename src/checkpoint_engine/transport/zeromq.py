@@ -28,7 +28,7 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.store import Segment
-from checkpoint_engine.transport.line import Line
+from checkpoint_engine.transport.line import Context, Line
 from checkpoint_engine.transport.peer import Range, Way
 from checkpoint_engine.transport.responder import Responder
 
@@ -99,7 +99,7 @@ class ZeroMqReader:
 
     def __init__(self, segment: Segment) -> None:
         self._memory = segment.memory
-        self._context = zmq.Context()
+        self._context = Context()
 
     def read(self, way: Way, ranges: Sequence[Range], timeout_seconds: float) -> Iterator[Range]:
         """Fetch ranges in pieces, in order; see `Reader`."""
