@@ -389,10 +389,17 @@ def test_a_receiver_that_listens_late_hears_why_the_sender_left(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("secret", ["s" * 40, None])
 def test_another_trainer_at_the_same_port_counts_anew(
-    kind: Any, socket_folder: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    secret: str | None,
+    socket_folder: Path,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("CKPT_ENGINE_SECRET", "s" * 40)
+    """Also one with a secret of its own, if none is given to both."""
+    if secret is not None:
+        monkeypatch.setenv("CKPT_ENGINE_SECRET", secret)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port))
     settings = {"bucket_size": 4 * MIB, "timeout": 5}

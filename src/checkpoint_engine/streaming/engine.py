@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import DeadlineExceeded, PeerLost, UsageError
 from checkpoint_engine.manifest import CHUNK_BYTES, Version
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.streaming.base import CheckpointEngine, StreamReport, Weights
@@ -124,6 +124,19 @@ class StreamingEngine(CheckpointEngine):
         """What it was made with."""
         return self._settings
 
+    def is_let_in(self) -> bool:
+        """Whether rank 0 is there, and knows this process: one that came back may not."""
+        if self._link is None or self._rank == 0:
+            return self._link is not None
+        keys = self._link.rendezvous.fork()
+        try:
+            keys.add("met", 1)
+        except (PeerLost, DeadlineExceeded):
+            return False
+        finally:
+            keys.give_back()
+        return True
+
     def lost(self) -> list[int]:
         """Which receivers have died, as far as rank 0 has noticed."""
         return self._lines.broken() if self._lines is not None else []
@@ -159,7 +172,7 @@ class StreamingEngine(CheckpointEngine):
         if self._link is not None:
             if self._rank != rank:
                 raise UsageError(f"this process is rank {self._rank} already, not {rank}")
-            if self._place == place:
+            if self._place == place and self.is_let_in():
                 return
             if rank == 0:
                 raise UsageError("finalize() comes before meeting another number of receivers")

@@ -99,7 +99,7 @@ class CheckpointEngineMixin:
         """
         place = (rank, world_size, dict(master_metadata or {}))
         if self._checkpoint_side is not None:
-            if self._checkpoint_place == place:
+            if self._checkpoint_place == place and (rank <= 0 or self._engine().is_let_in()):
                 return
             if rank == 0:
                 raise UsageError("finalize_checkpoint_engine comes before meeting others")
