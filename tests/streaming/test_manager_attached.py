@@ -153,6 +153,41 @@ def test_an_adapter_of_the_samplers_own_is_for_its_first_base(manage: Manage) ->
     check_serves(sampler, trainer.model)
 
 
+def test_an_adapter_of_the_samplers_own_stays_for_that_base(manage: Manage) -> None:
+    """Also when the model was moved meanwhile, or what is served was torn."""
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(peft_model(llama(2), "own"))
+    manager = manage(trainer, sampler)
+    send(manager)
+    for one in sampler.model.parameters():
+        one.data = one.data.clone()
+    send(manager)
+    with torch.no_grad():
+        trainer.model.get_base_model().lm_head.weight.add_(0.5)
+    for one in sampler.model.parameters():
+        one.data = one.data.clone()
+    with pytest.raises(UpdateFailed, match=r"\(own\) that are made for another base"):
+        send(manager)
+
+
+def test_without_a_way_back_an_adapter_is_refused_before_requests_wait(manage: Manage) -> None:
+    own = peft_model(llama(2), bias="lora_only")
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(own)
+    with pytest.raises(UpdateFailed, match="bias='lora_only'") as failed:
+        send(manage(trainer, sampler))
+    assert failed.value.report.outcome == "aborted"
+    assert sampler.num_holds == 1, "for the base"
+
+
+def test_another_model_has_no_adapters_of_the_one_before(manage: Manage) -> None:
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    send(manager)
+    sampler.model = llama(3)
+    manager.sync_weights()
+    assert sampler.adapters() == {}
+    check_serves(sampler, merged_by_hand(trainer.model))
+
+
 @pytest.mark.parametrize("becomes", ["another", "narrower"])
 def test_weights_go_to_the_model_that_the_sampler_has_now(manage: Manage, becomes: str) -> None:
     trainer, sampler = Trainer(llama(1)), Sampler(llama(2, dtype=torch.float32))

@@ -137,6 +137,8 @@ class AttachedAdapter:
             raise AdapterError(f"{version.label!r} has no {CONFIG_NAME}: it is no adapter")
         _settings(tensors[CONFIG_NAME])  # which is to fail before requests wait
         self._before = self._copied()
+        if self._before is not None:
+            _settings(self._before[1])  # the way back is to be one
         return "snapshot"
 
     def abort(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoint_engine.errors import DeadlineExceeded, PeerLost, UsageError
+from checkpoint_engine.errors import CheckpointEngineError, UsageError
 from checkpoint_engine.manifest import CHUNK_BYTES, Version
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.streaming.base import CheckpointEngine, StreamReport, Weights
@@ -131,7 +131,7 @@ class StreamingEngine(CheckpointEngine):
         keys = self._link.rendezvous.fork()
         try:
             keys.add("met", 1)
-        except (PeerLost, DeadlineExceeded):
+        except CheckpointEngineError:
             return False
         finally:
             keys.give_back()

@@ -184,7 +184,8 @@ class Seats:
         self._sampler = sampler
         self._requests = _Requests(sampler)
         self._weights = Seat(_weights_adapter(sampler), self._requests)
-        self._places = _places(sampler)
+        self._module, self._places = _module(sampler), _places(sampler)
+        self._last_base: str | None = None
         self._attached: dict[str, Seat] = {}
         self.version: Version | None = None
         self.adapters: dict[str, Version] = {}
@@ -205,9 +206,14 @@ class Seats:
 
     def _follow(self) -> None:
         """If the sampler has another model now, or its tensors lie elsewhere, write to those."""
-        if (places := _places(self._sampler)) != self._places:
-            self._weights = Seat(_weights_adapter(self._sampler), self._requests)
-            self._places, self.version = places, None
+        if (module := _module(self._sampler)) is not self._module:
+            self._module, self._last_base = module, None
+            self._attached, self.adapters = {}, {}
+            self._requests.torn &= {WEIGHTS}
+        elif _places(self._sampler) == self._places:
+            return
+        self._weights = Seat(_weights_adapter(self._sampler), self._requests)
+        self._places, self.version = _places(self._sampler), None
 
     def _base(self) -> str | None:
         return self.version.digest if self.version else None
@@ -238,8 +244,9 @@ class Seats:
 
     def _own(self) -> list[str]:
         """The adapters that the sampler's model has, and that did not come from here."""
-        model = self._sampler.model if not hasattr(self._sampler, "load_weights") else None
-        return sorted({*getattr(model, "peft_config", ())} - {*self._all_attached()})
+        if self._module is None or not hasattr(self._sampler.model, "get_base_model"):
+            return []
+        return sorted({*self._sampler.model.peft_config} - {*self._all_attached()})
 
     def _on_another(self, base: Version) -> list[str]:
         """The adapters that are not known to be for this base, if it is not served already.
@@ -249,7 +256,7 @@ class Seats:
         if base.digest == self._base():
             return []
         known = [name for name, one in self.adapters.items() if one.parent == base.digest]
-        own = self._own() if self.version is not None else []
+        own = [] if self._last_base in (None, base.digest) else self._own()
         return [name for name in (*self._all_attached(), *own) if name not in known]
 
     def _published(self, order: Order) -> None:
@@ -261,7 +268,7 @@ class Seats:
         if order.kind == "base":
             for name in self._on_another(order.version):  # until the one comes that is for it
                 self._take_off(name)
-        self.version = order.version
+        self.version, self._last_base = order.version, order.version.digest
         self._requests.torn.discard(WEIGHTS)
 
     def torn(self, order: Order) -> None:
@@ -431,14 +438,22 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _places(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
-    """Where the tensors of a sampler's base are, and of what kind, if it does not load itself."""
+def _module(sampler: Sampler) -> torch.nn.Module | None:
+    """A sampler's model without what peft has put around it; None if it loads by itself."""
     model = getattr(sampler, "model", None)
     if hasattr(sampler, "load_weights") or not isinstance(model, torch.nn.Module):
+        return None
+    base: Any = getattr(model, "get_base_model", lambda: model)
+    return cast(torch.nn.Module, base())
+
+
+def _places(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
+    """Of what kind the tensors of a sampler's base are, and where those that are written to lie."""
+    if _module(sampler) is None:
         return {}
     return {
-        name: (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape)
-        for name, tensor in _base_of(model).state_dict().items()
+        name: (tensor.data_ptr() if tensor.is_cpu else 0, tensor.device, tensor.dtype, tensor.shape)
+        for name, tensor in _base_of(sampler.model).state_dict().items()
     }
 
 
