@@ -211,7 +211,7 @@ def test_whoever_is_cancelled_before_the_meeting_leaves_nothing_behind(
 def test_a_trainer_that_is_cancelled_while_the_others_meet_goes_at_once(
     socket_folder: Path,
 ) -> None:
-    """A receiver that hangs there would keep it for the timeout."""
+    """A receiver that hangs there would keep it."""
     trainer, sampler = connected(GlooCheckpointEngine, timeout=1000)
     joining, released = threading.Event(), threading.Event()
 
@@ -227,7 +227,7 @@ def test_a_trainer_that_is_cancelled_while_the_others_meet_goes_at_once(
         sending = asyncio.create_task(trainer.send_weights(weights(1)))
         assert await asyncio.to_thread(joining.wait, 60)
         sending.cancel()
-        await asyncio.wait([sending], timeout=60)
+        await asyncio.wait([sending], timeout=15)  # gloo itself gives up in 30
         assert sending.cancelled()
         released.set()
         with pytest.raises(CheckpointEngineError):
