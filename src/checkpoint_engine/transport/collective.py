@@ -216,8 +216,8 @@ def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address:
 
     So a thread does it, and a group that nobody wants any more by then is closed at once. Who is
     connected waits until all are: what it began before could end only when those others give up.
-    (The timeout is that of connections alone: for members to come the store has its own, as
-    broadcasts have.)
+    (The timeout, as short as the life of such a thread is to be, is that of connections alone: for
+    members to come the store has its own, as broadcasts have.)
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = min(timeout, LONGEST_CONNECT)
