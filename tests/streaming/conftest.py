@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from stream_crew import Crew
+from stream_pair import KINDS, Pair, connected
 
 from checkpoint_engine import CheckpointEngineManager
 from children import Child
@@ -42,3 +43,12 @@ def manage(socket_folder: Path) -> Iterator[Callable[..., CheckpointEngineManage
     yield make
     for manager in reversed(managers):
         manager.close()
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, socket_folder: Path) -> Iterator[Pair]:
+    """A trainer's engine and a sampler's that have met."""
+    trainer, sampler = connected(request.param)
+    yield trainer, sampler
+    sampler.finalize()
+    trainer.finalize()

@@ -50,26 +50,20 @@ def test_what_begins_by_writing_to_the_base_does_not_write_to_a_samplers(
     check_serves(sampler, merged_by_hand(trainer.model))
 
 
-def test_a_trained_module_is_taken_off_with_its_adapter(manage: Manage) -> None:
+@pytest.mark.parametrize("rank", [4, 8])  # the same configuration, or another
+def test_a_trained_module_is_taken_off_with_its_adapter(manage: Manage, rank: int) -> None:
     trainer, sampler = Trainer(with_trained_head()), Sampler(llama(2))
     manager = manage(trainer, sampler)
     send(manager)
-    check_serves(sampler, trainer.model)
-    sampler.detach_adapter("default")
-    check_serves(sampler, llama(1))
-    manager.sync_weights()
-    check_serves(sampler, merged_by_hand(trainer.model))
-
-
-def test_a_trained_module_of_another_rank_leaves_the_base(manage: Manage) -> None:
-    trainer, sampler = Trainer(with_trained_head()), Sampler(llama(2))
-    manager = manage(trainer, sampler)
-    send(manager)
-    trainer.model = with_trained_head(rank=8)
+    trainer.model = with_trained_head(rank)
     send(manager)
     check_serves(sampler, trainer.model)
     with sampler.model.disable_adapter():
         check_serves(sampler, llama(1))
+    sampler.detach_adapter("default")
+    check_serves(sampler, llama(1))
+    manager.sync_weights()
+    check_serves(sampler, merged_by_hand(trainer.model))
 
 
 def test_trained_biases_are_refused_which_are_the_bases(manage: Manage) -> None:
