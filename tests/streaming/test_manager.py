@@ -37,6 +37,7 @@ from checkpoint_engine.store import digest_in_place
 from checkpoint_engine.streaming import SharedMemoryCheckpointEngine
 from checkpoint_engine.streaming import sampler as sampler_side
 from checkpoint_engine.streaming import trainer as trainer_side
+from checkpoint_engine.streaming.sampled import weights_adapter
 from checkpoint_engine.update.protocol import Report
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
@@ -301,7 +302,7 @@ def test_a_model_that_is_not_in_host_memory(
 ) -> None:
     """As on a GPU: whole versions are copied into it, and compared with what was sent."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    adapter = sampler_side._weights_adapter(Sampler(llama(2)))
+    adapter = weights_adapter(Sampler(llama(2)))
     monkeypatch.undo()
     assert isinstance(adapter, CallbackAdapter)
     load = adapter._run

@@ -21,7 +21,7 @@ from checkpoint_engine.errors import AdapterError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
 from checkpoint_engine.streaming import sampler as sampler_side
-from checkpoint_engine.streaming.sampler import Seats
+from checkpoint_engine.streaming.seats import Seats
 from checkpoint_engine.transport.rendezvous import Rendezvous
 
 # peft 0.21 asks transformers 5 by a name that it is to lose

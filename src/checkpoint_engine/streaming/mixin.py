@@ -23,7 +23,8 @@ from checkpoint_engine.errors import UsageError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.names import new_engine
-from checkpoint_engine.streaming.sampler import SamplerSide, Seats
+from checkpoint_engine.streaming.sampler import SamplerSide
+from checkpoint_engine.streaming.seats import Seats
 from checkpoint_engine.streaming.trainer import FollowingSide, TrainerSide
 from checkpoint_engine.update.protocol import Report
 

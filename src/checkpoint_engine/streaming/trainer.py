@@ -39,7 +39,7 @@ from checkpoint_engine.sources.training import inner_model, named_weights
 from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.messages import with_sender
-from checkpoint_engine.streaming.sampler import PATIENCE, Ending, Order, raise_failed
+from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
 from checkpoint_engine.streaming.threads import blocking
 from checkpoint_engine.streaming.transaction import conduct
 from checkpoint_engine.transport.meeting import Meeting

@@ -1,0 +1,148 @@
+"""How a sampler's weights are written: in place, through a loader for a GPU's, or by itself.
+
+A model that peft has wrapped is written to by the names that its base had before.
+
+    adapter = weights_adapter(sampler)
+    is_moved = places_of(sampler) != places    # then it is to be made anew
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+
+from checkpoint_engine.adapters.attached import Base
+from checkpoint_engine.adapters.base import Adapter, Identity, Served
+from checkpoint_engine.adapters.callback import CallbackAdapter, Kept
+from checkpoint_engine.adapters.held import Held
+from checkpoint_engine.adapters.transformers import TransformersAdapter
+from checkpoint_engine.errors import AdapterError, UsageError, VerificationError
+from checkpoint_engine.manifest import Version
+
+__all__ = ["Sampler", "loads_by_itself", "module_of", "places_of", "weights_adapter"]
+
+CPU = torch.device("cpu")
+
+
+class Sampler(Protocol):
+    """Who samples: see `CheckpointEngineMixin`, which has all of these."""
+
+    model: Any
+
+    def hold_requests(self, timeout_seconds: float) -> None:
+        """Stop them, or raise DeadlineExceeded."""
+        ...
+
+    def release_requests(self) -> None:
+        """Let them go on."""
+        ...
+
+
+class _Quiet:
+    """The server around a model, whose requests the seats hold."""
+
+    def accept(self, version: Version) -> None:
+        """Any version."""
+
+    def hold(self, timeout_seconds: float) -> None:
+        """Held already."""
+
+    def publish(self, version: Version, served: Served) -> None:
+        """The seats are told."""
+
+    def release(self) -> None:
+        """Released afterwards."""
+
+    def quarantine(self, reason: str) -> None:
+        """The report says it."""
+
+    def tear(self, reason: str) -> None:
+        """Requests stay held."""
+
+
+class _Loader:
+    """Writes whole versions into a model that is not in host memory, and reads them back."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def live(self) -> dict[str, torch.Tensor]:
+        """What the model has, by the names of its base."""
+        found: dict[str, torch.Tensor] = _base_of(self._model).state_dict()
+        return found
+
+    @torch.no_grad()
+    def __call__(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        live = self.live()
+        given = {live[name].data_ptr() for name, _ in named if name in live}
+        missing = [name for name, tensor in live.items() if tensor.data_ptr() not in given]
+        for name, tensor in named:
+            of_it = (tensor.shape, tensor.dtype)
+            if name not in live or (live[name].shape, live[name].dtype) != of_it:
+                raise AdapterError(
+                    f"the model has no {name!r} of shape {list(tensor.shape)} and {tensor.dtype}"
+                )
+        if missing:
+            raise AdapterError(f"the version lacks {missing[0]!r}")
+        for name, tensor in named:
+            live[name].copy_(tensor)
+        for name, tensor in named:
+            if not torch.equal(_bytes(live[name].cpu()), _bytes(tensor)):
+                raise VerificationError(f"{name!r} is live with other values than were sent")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Of which, unlike of numbers, all are equal to themselves."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def loads_by_itself(sampler: Sampler) -> bool:
+    """Whether it has a `load_weights`, so that no model of its is written to from here."""
+    return hasattr(sampler, "load_weights")
+
+
+def module_of(sampler: Sampler) -> torch.nn.Module | None:
+    """A sampler's model without what peft has put around it; None if it loads by itself."""
+    model = getattr(sampler, "model", None)
+    if loads_by_itself(sampler) or not isinstance(model, torch.nn.Module):
+        return None
+    base: Any = getattr(model, "get_base_model", lambda: model)
+    return cast(torch.nn.Module, base())
+
+
+def places_of(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
+    """Of what kind the tensors of a sampler's base are, and where those that are written to lie."""
+    if module_of(sampler) is None:
+        return {}
+    return {
+        name: (tensor.data_ptr() if tensor.is_cpu else 0, tensor.device, tensor.dtype, tensor.shape)
+        for name, tensor in _base_of(sampler.model).state_dict().items()
+    }
+
+
+def weights_adapter(sampler: Sampler) -> Adapter:
+    """What writes a version of the sampler's weights; borrows its tensors, if it has a model.
+
+    Raises:
+        UsageError: it has neither a model nor `load_weights`.
+    """
+    if loads_by_itself(sampler):
+        load: Any = sampler
+        return CallbackAdapter(load.load_weights, None, CPU, Kept())
+    model = getattr(sampler, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(
+            "a sampler has a torch module as `model`, or takes lists of (name, tensor) by a method "
+            "`load_weights`"
+        )
+    if all(tensor.is_cpu for tensor in model.state_dict().values()):
+        identity = Identity(replica="sampler", engine="sampler")
+        return TransformersAdapter(_base_of(model), identity, _Quiet())
+    loader = _Loader(model)
+    before = Held({name: one.to("cpu", copy=True) for name, one in loader.live().items()})
+    return CallbackAdapter(loader, None, CPU, Kept(served=before))
+
+
+def _base_of(model: torch.nn.Module) -> torch.nn.Module:
+    return Base(model) if hasattr(model, "get_base_model") else model
