@@ -180,7 +180,9 @@ def test_another_thread_follows_the_stream_of_this_one(monkeypatch: pytest.Monke
     """On a machine with an accelerator, as torch says; without one there is nothing to follow."""
     same_stream()()
     here, entered = object(), []
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    same_stream()()  # nothing is queued before it is used first, which a fork may not do
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: here)
     monkeypatch.setattr(
         torch.accelerator, "set_stream", lambda one: entered.append((one, threading.get_ident()))

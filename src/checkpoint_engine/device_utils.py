@@ -48,8 +48,9 @@ def same_stream() -> Callable[[], None]:
     """
     import torch
 
-    if not torch.accelerator.is_available():
-        return lambda: None
+    manager = DeviceManager()
+    if manager.device_type == "cpu" or not manager.device_module.is_initialized():
+        return lambda: None  # nothing is queued, and a forked process may have no GPU of its own
     stream = torch.accelerator.current_stream()
     return lambda: torch.accelerator.set_stream(stream)  # and its device
 

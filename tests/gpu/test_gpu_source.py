@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.sources import GatheredSource, weights_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -41,5 +42,22 @@ def test_what_a_trainer_still_computes_is_waited_for(lone_server: ParameterServe
         weight += 1
         lone_server.register_checkpoint("v1", named_tensors={"weight": weight})
     lone_server.register_checkpoint("v2", named_tensors={"weight": torch.ones(NUM)})
+    versions = lone_server._store
+    assert versions["v1"].manifest.digest == versions["v2"].manifest.digest
+
+
+def test_what_a_model_in_training_still_computes_is_waited_for(
+    lone_server: ParameterServer,
+) -> None:
+    """Its weights are made on one thread, and read on others."""
+    model = torch.nn.Linear(NUM // 1024, 1024, bias=False, device="cuda")
+    model.requires_grad_(False).weight.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        model.weight += 1
+        lone_server.register_source("v1", GatheredSource(weights_of(model)))
+    ones = {"weight": torch.ones(1024, NUM // 1024)}
+    lone_server.register_checkpoint("v2", named_tensors=ones)
     versions = lone_server._store
     assert versions["v1"].manifest.digest == versions["v2"].manifest.digest

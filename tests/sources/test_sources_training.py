@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from train_models import Odd, as_text, llama, make
 
 from checkpoint_engine.errors import SourceError
-from checkpoint_engine.sources import TensorSource, named_weights
+from checkpoint_engine.sources import (
+    GatheredSource,
+    TensorSource,
+    gathered,
+    named_weights,
+    weights_of,
+)
 from checkpoint_engine.store import digest_in_place
 from children import call_all
 
@@ -266,6 +272,22 @@ def test_live_tensors_are_given_as_they_lie() -> None:
     given = dict(named_weights(model))
     assert given["one.bias"].data_ptr() == model.one.bias.data_ptr()
     assert not given["one.bias"].requires_grad
+
+
+def test_what_is_gathered_is_made_before_other_threads_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their streams would not wait for the one on which it is made."""
+    made: set[int] = set()
+
+    def note(tensors: Iterable[torch.Tensor]) -> None:
+        made.update(tensor.data_ptr() for tensor in tensors)
+
+    monkeypatch.setattr(gathered, "wait_until_made", note)
+    source = GatheredSource(weights_of(Odd()))
+    source.read_into("blocks.0.down.bias", 0, memoryview(bytearray(4)))
+    assert source._ready["blocks.0.down.bias"].data_ptr() in made
+    source.close()
 
 
 def test_what_has_no_bytes_is_refused_by_name() -> None:

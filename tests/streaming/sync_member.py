@@ -61,6 +61,12 @@ class Member:
     def step(self) -> None:
         self._side.step()
 
+    def write_to_base(self) -> None:
+        """As by loading another checkpoint; by all processes, each to its part."""
+        self.step()  # after which it has no more than that
+        with torch.no_grad():
+            self._side.model.get_base_model().lm_head.weight.add_(0.5)
+
     def sync(self, label: str, merge_and_sync: bool = True) -> Any:
         assert self._manager is not None
         report = self._manager.sync_weights(merge_and_sync, label=label)

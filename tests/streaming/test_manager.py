@@ -26,7 +26,6 @@ from sync_models import with_adapter as peft_model
 from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
 from checkpoint_engine.adapters.callback import CallbackAdapter
 from checkpoint_engine.errors import (
-    AdapterError,
     DeadlineExceeded,
     UsageError,
     VerificationError,
@@ -34,10 +33,9 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.sources import TensorSource, adapter_config, adapter_weights
 from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.store import digest_in_place
-from checkpoint_engine.streaming import SharedMemoryCheckpointEngine
+from checkpoint_engine.streaming import SharedMemoryCheckpointEngine, sampled, seats
 from checkpoint_engine.streaming import sampler as sampler_side
 from checkpoint_engine.streaming import trainer as trainer_side
-from checkpoint_engine.streaming.sampled import weights_adapter
 from checkpoint_engine.update.protocol import Report
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
@@ -297,27 +295,66 @@ def test_each_side_for_itself_and_within_an_event_loop(socket_folder: Path) -> N
     sending.close()
 
 
-def test_a_model_that_is_not_in_host_memory(
-    manage: Manage, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers' models are written to as on a GPU: copied into, and compared with what was sent."""
+
+    def loaded(sampler: Any) -> CallbackAdapter:
+        return sampled._LoadedAdapter(sampled._Loader(sampler))
+
+    monkeypatch.setattr(seats, "weights_adapter", loaded)
+
+
+def test_a_model_that_is_not_in_host_memory_has_an_adapter_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a GPU: whole versions are copied into it, and compared with what was sent."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    adapter = weights_adapter(Sampler(llama(2)))
-    monkeypatch.undo()
-    assert isinstance(adapter, CallbackAdapter)
-    load = adapter._run
-    new = llama(1).state_dict()
-    load(list(new.items()))
-    assert as_text(load.live()) == as_text(new)  # type: ignore[attr-defined]
-    with pytest.raises(AdapterError, match=r"the version lacks 'lm_head\.weight'"):
-        load([pair for pair in new.items() if pair[0] != "lm_head.weight"])
-    with pytest.raises(AdapterError, match="the model has no 'other'"):
-        load([*new.items(), ("other", torch.zeros(1))])
-    with pytest.raises(AdapterError, match=r"no 'lm_head.weight' of shape .* and torch.float32"):
-        load([(name, one.float()) for name, one in new.items() if name == "lm_head.weight"])
-    new["lm_head.weight"][0, 0] = torch.nan  # which equals nothing, not even itself
-    load(list(new.items()))
-    assert as_text(load.live()) == as_text(new)  # type: ignore[attr-defined]
+    assert isinstance(sampled.weights_adapter(Sampler(llama(2))), sampled._LoadedAdapter)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_base_is_replaced_under_an_adapter_on_a_device(manage: Manage) -> None:
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    for _ in range(2):
+        manager.sync_weights(merge_and_sync=False)
+        assert torch.equal(logits(sampler.model), logits(trainer.model))
+        with torch.no_grad():
+            trainer.model.get_base_model().lm_head.weight.add_(0.5)
+    sampler.detach_adapter("default")
+    manager.sync_weights()
+    assert torch.equal(logits(sampler.model), logits(merged_by_hand(trainer.model)))
+
+
+@pytest.mark.usefixtures("on_device")
+def test_weights_of_another_dtype_are_cast_on_a_device(manage: Manage) -> None:
+    model = llama(1, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan  # which equals nothing, not even itself
+    trainer, sampler = Trainer(model), Sampler(llama(2))
+    manage(trainer, sampler).sync_weights()
+    cast = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    assert as_text(sampler.model.state_dict()) == as_text(cast)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (llama(1, vocab_size=34), "has shape .34, 16., the model .33, 16."),
+        (torch.nn.Linear(3, 4), "the model has no tensor 'bias'"),
+        (llama(1).to(torch.float8_e5m2), "float8_e5m2 is not cast to torch.bfloat16"),
+    ],
+)
+def test_what_does_not_fit_a_device_is_refused_while_it_serves(
+    manage: Manage, model: Any, words: str
+) -> None:
+    sampler = Sampler(llama(2))
+    before = as_text(sampler.model.state_dict())
+    with pytest.raises(UpdateFailed, match=words):
+        manage(Trainer(model), sampler).sync_weights()
+    assert sampler.num_holds == 0
+    assert as_text(sampler.model.state_dict()) == before
 
 
 def test_engines_by_name(manage: Manage) -> None:

@@ -76,6 +76,20 @@ def test_a_base_that_was_written_to_is_sent_again(manage: Manage) -> None:
         assert adapter.parent == base.digest
 
 
+def test_a_base_that_is_trained_is_sent_each_time(manage: Manage) -> None:
+    """Torch does not count what a fused optimizer writes."""
+    model = peft_model(llama(1))
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    trainer, sampler = Trainer(model), Sampler(llama(2))
+    trained = [one for one in model.parameters() if one.requires_grad]
+    trainer.optimizer = torch.optim.AdamW(trained, lr=0.01, fused=True)
+    manager = manage(trainer, sampler)
+    for _ in range(3):
+        manager.sync_weights(merge_and_sync=False)
+        check_serves(sampler, model)
+        trainer.step()
+
+
 def test_another_model_has_another_base(manage: Manage) -> None:
     """Also one that was written to as often."""
     trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))

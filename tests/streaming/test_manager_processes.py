@@ -102,6 +102,12 @@ def test_a_sharded_trainers_adapters(fleet: Fleet) -> None:
         answers = call_all(fleet.trainers, "answer")
         assert call_all(fleet.samplers, "answer") == [answers[0]] * 3
 
+    call_all(fleet.trainers, "write_to_base")
+    fleet.sync("step-3", merge_and_sync=False)
+    assert call_all(fleet.samplers, "served") == ["step-3-base"] * 3
+    answers = call_all(fleet.trainers, "answer")
+    assert call_all(fleet.samplers, "answer") == [answers[0]] * 3
+
 
 def test_a_sampler_that_dies_while_it_writes_leaves_the_others_on_one_version(fleet: Fleet) -> None:
     fleet.begin("plain")

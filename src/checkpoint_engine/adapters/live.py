@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,16 @@ from checkpoint_engine.manifest import (
 )
 from checkpoint_engine.memory import Workers
 
-__all__ = ["Copy", "LiveModel", "Plan", "Storage", "check_written", "write"]
+__all__ = [
+    "Copy",
+    "LiveModel",
+    "Plan",
+    "Storage",
+    "check_fit",
+    "check_names",
+    "check_written",
+    "write",
+]
 
 CASTABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 GROUP_BYTES = 32 << 20
@@ -122,11 +131,13 @@ class LiveModel:
         """
         tensors = content.manifest.tensors
         metas = {meta.name: meta for meta in tensors if meta.name not in self._not_persistent}
-        self._check_names(metas)
+        check_names(metas, self._tensors)
         copies: dict[Storage, Copy] = {}
         for name, meta in metas.items():
             target = self._tensors[name]
-            _check_fit(meta, target)
+            check_fit(
+                meta.name, torch_shape(meta.dtype, meta.shape), torch_dtype(meta.dtype), target
+            )
             copy = _bound(meta, target, content)
             first = copies.setdefault(_storage(name, target), copy)
             if first.expected != copy.expected:
@@ -216,17 +227,6 @@ class LiveModel:
     def _unique(self) -> dict[Storage, tuple[str, torch.Tensor]]:
         """Every live tensor once, under one of its names."""
         return {_storage(name, tensor): (name, tensor) for name, tensor in self._tensors.items()}
-
-    def _check_names(self, metas: Mapping[str, TensorMeta]) -> None:
-        unknown = sorted(set(metas) - set(self._tensors))
-        if unknown:
-            raise AdapterError(f"the model has no tensor {unknown[0]!r}{_more(unknown)}")
-        given = {_storage(name, self._tensors[name]) for name in metas}
-        missing = sorted(
-            name for name, tensor in self._tensors.items() if _storage(name, tensor) not in given
-        )
-        if missing:
-            raise AdapterError(f"the checkpoint lacks {missing[0]!r}{_more(missing)}")
 
 
 def write(
@@ -330,15 +330,24 @@ def _written(memory: memoryview, target: _Bytes) -> Iterator[memoryview]:
         yield done.data
 
 
-def _check_fit(meta: TensorMeta, target: torch.Tensor) -> None:
-    dtype = torch_dtype(meta.dtype)
-    if torch_shape(meta.dtype, meta.shape) != tuple(target.shape):
+def check_names(names: Collection[str], live: Mapping[str, torch.Tensor]) -> None:
+    """Raise AdapterError unless these are a model's tensors, tied ones under one name or more."""
+    if unknown := sorted(set(names) - set(live)):
+        raise AdapterError(f"the model has no tensor {unknown[0]!r}{_more(unknown)}")
+    given = {_storage(name, live[name]) for name in names}
+    missing = sorted(name for name, tensor in live.items() if _storage(name, tensor) not in given)
+    if missing:
+        raise AdapterError(f"the checkpoint lacks {missing[0]!r}{_more(missing)}")
+
+
+def check_fit(name: str, shape: Sequence[int], dtype: torch.dtype, target: torch.Tensor) -> None:
+    """Raise AdapterError unless such a tensor can be written into this one."""
+    if tuple(shape) != tuple(target.shape):
         raise AdapterError(
-            f"{meta.name!r}: the checkpoint has shape {list(meta.shape)}, the model "
-            f"{list(target.shape)}"
+            f"{name!r}: the checkpoint has shape {list(shape)}, the model {list(target.shape)}"
         )
     if dtype != target.dtype and not {dtype, target.dtype} <= CASTABLE:
-        raise AdapterError(f"{meta.name!r}: {dtype} is not cast to {target.dtype}")
+        raise AdapterError(f"{name!r}: {dtype} is not cast to {target.dtype}")
 
 
 def _overlap(copies: Sequence[Copy]) -> bool:

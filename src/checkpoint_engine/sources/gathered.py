@@ -20,7 +20,7 @@ from checkpoint_engine.device_utils import same_stream
 from checkpoint_engine.errors import DeadlineExceeded, SourceError
 from checkpoint_engine.plan.buckets import DEFAULT_BUCKET_BYTES
 from checkpoint_engine.plan.layout import TensorSpec
-from checkpoint_engine.sources.tensors import copy_bytes
+from checkpoint_engine.sources.tensors import copy_bytes, wait_until_made
 from checkpoint_engine.sources.training import (
     TIMEOUT_SECONDS,
     Keeper,
@@ -156,6 +156,7 @@ class GatheredSource:
                 if tensor.numel()
             }
             bucket.clear()
+            wait_until_made(ready.values())
             with self._changed:
                 if not self._closed:
                     self._unread = {name: tensor.nbytes for name, tensor in ready.items()}

@@ -135,7 +135,8 @@ def base_weights_of(model: torch.nn.Module) -> tuple[Weight, ...]:
 class BaseSeen:
     """A model's base as it is now, to be asked later whether it still is. Borrows its tensors.
 
-    Torch counts what is done to a tensor in place. It does not see what is written through `.data`.
+    Torch counts what is done to a tensor in place, but neither what is written through `.data` nor
+    all that optimizers do, fused ones or those of DTensors. So what is trained has always changed.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -145,7 +146,7 @@ class BaseSeen:
         """Whether this model's base is of the same tensors, and none was written to since."""
         found = _base_tensors(model)
         return len(found) == len(self._seen) and all(
-            known() is one and num_writes == _num_writes(one)
+            known() is one and num_writes == _num_writes(one) and not one.requires_grad
             for one, (known, num_writes) in zip(found, self._seen, strict=True)
         )
 
@@ -175,8 +176,11 @@ def _base_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     ]
 
 
-def _num_writes(tensor: torch.Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor)._version
+def _num_writes(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A DTensor's own count is of what was done to all of it; its part has another."""
+    if isinstance(tensor, DTensor):
+        return tensor._version, tensor.to_local()._version
+    return (tensor._version,)
 
 
 def _peft(model: torch.nn.Module, adapters: Sequence[str] | None) -> Any:

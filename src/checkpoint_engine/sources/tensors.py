@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -44,9 +44,7 @@ class TensorSource:
             for name, tensor in self._tensors.items()
             if tensor.is_cpu and tensor.is_contiguous()
         }
-        # Other threads read, whose streams do not wait for what this one has queued.
-        for device in {one.device for one in self._tensors.values()} - {torch.device("cpu")}:
-            torch.accelerator.current_stream(device).synchronize()
+        wait_until_made(self._tensors.values())
         self._lock = threading.Lock()
         self._contiguous = functools.lru_cache(maxsize=2)(self._make_contiguous)
 
@@ -98,6 +96,12 @@ class TensorSource:
 
     def _make_contiguous(self, name: str) -> torch.Tensor:
         return self._tensors[name].contiguous()
+
+
+def wait_until_made(tensors: Iterable[torch.Tensor]) -> None:
+    """Before other threads read them, whose streams do not wait for what this one has queued."""
+    for device in {tensor.device for tensor in tensors} - {torch.device("cpu")}:
+        torch.accelerator.current_stream(device).synchronize()
 
 
 def copy_bytes(tensor: torch.Tensor, start: int, out: memoryview) -> None:

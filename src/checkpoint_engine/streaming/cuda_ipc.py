@@ -10,6 +10,7 @@ fills it anew. Digests are taken by the GPU.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,11 +35,15 @@ __all__ = ["CudaIpcCheckpointEngine"]
 
 
 class _Way(msgspec.Struct, frozen=True):
-    """Where the ring is: on the GPU of this uuid, of `NUM_SLOTS` slots, opened by this handle."""
+    """Where the ring is: on the GPU of this uuid, of `NUM_SLOTS` slots, opened by this handle.
+
+    `nonce`: no ring of before is taken for it, whose handle may have been the same.
+    """
 
     uuid: str
     handle: bytes
     slot_bytes: int
+    nonce: str
 
 
 class CudaIpcCheckpointEngine(StreamingEngine):
@@ -93,7 +98,8 @@ class _CudaMemory(RingCarrier):
         if not self._rings or self.slot_bytes < bucket_bytes or rebuild:
             self.slot_bytes = align(bucket_bytes)
             ring, handle = cuda.share(NUM_SLOTS * self.slot_bytes, self._device)
-            of_it = _Way(device_uuid("cuda", self._device.index), handle, self.slot_bytes)
+            uuid = device_uuid("cuda", self._device.index)
+            of_it = _Way(uuid, handle, self.slot_bytes, secrets.token_hex(8))
             self._rings[msgspec.json.encode(of_it).decode()] = ring
         return list(self._rings)[-1]
 

@@ -256,10 +256,12 @@ class StreamingEngine(CheckpointEngine):
             try:
                 await in_thread(receiving.join)
                 while isinstance(arrived := await in_thread(receiving.next), Arrived):
-                    for name, tensor in arrived.tensors:
-                        yield name, tensor.clone() if copy else tensor
-                    if self.device.type != "cpu":  # what its consumer has queued still reads it
-                        torch.accelerator.current_stream(self.device).synchronize()
+                    try:
+                        for name, tensor in arrived.tensors:
+                            yield name, tensor.clone() if copy else tensor
+                    finally:
+                        if self.device.type != "cpu":  # what its consumer has queued reads it
+                            torch.accelerator.current_stream(self.device).synchronize()
                     arrived.release()
                 version = arrived
                 await in_thread(lambda: receiving.finish(version))

@@ -8,16 +8,18 @@ A model that peft has wrapped is written to by the names that its base had befor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
 
 from checkpoint_engine.adapters.attached import Base
-from checkpoint_engine.adapters.base import Adapter, Identity, Served
+from checkpoint_engine.adapters.base import Adapter, Content, Identity, Served
 from checkpoint_engine.adapters.callback import CallbackAdapter, Kept
 from checkpoint_engine.adapters.held import Held
+from checkpoint_engine.adapters.live import check_fit, check_names
 from checkpoint_engine.adapters.transformers import TransformersAdapter
-from checkpoint_engine.errors import AdapterError, UsageError, VerificationError
+from checkpoint_engine.errors import UsageError, VerificationError
 from checkpoint_engine.manifest import Version
 
 __all__ = ["Sampler", "loads_by_itself", "module_of", "places_of", "weights_adapter"]
@@ -64,32 +66,45 @@ class _Quiet:
 class _Loader:
     """Writes whole versions into a model that is not in host memory, and reads them back."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
 
     def live(self) -> dict[str, torch.Tensor]:
-        """What the model has, by the names of its base."""
-        found: dict[str, torch.Tensor] = _base_of(self._model).state_dict()
+        """By the names of the base, which peft's layers may have come around since."""
+        found: dict[str, torch.Tensor] = _base_of(self._sampler.model).state_dict()
         return found
+
+    def check(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Raise AdapterError unless these can be written."""
+        live = self.live()
+        check_names(named, live)
+        for name, tensor in named.items():
+            check_fit(name, tensor.shape, tensor.dtype, live[name])
 
     @torch.no_grad()
     def __call__(self, named: list[tuple[str, torch.Tensor]]) -> None:
         live = self.live()
-        given = {live[name].data_ptr() for name, _ in named if name in live}
-        missing = [name for name, tensor in live.items() if tensor.data_ptr() not in given]
+        for name, tensor in named:  # cast in host memory, where every value has one outcome
+            live[name].copy_(tensor.to(live[name].dtype))
         for name, tensor in named:
-            of_it = (tensor.shape, tensor.dtype)
-            if name not in live or (live[name].shape, live[name].dtype) != of_it:
-                raise AdapterError(
-                    f"the model has no {name!r} of shape {list(tensor.shape)} and {tensor.dtype}"
-                )
-        if missing:
-            raise AdapterError(f"the version lacks {missing[0]!r}")
-        for name, tensor in named:
-            live[name].copy_(tensor)
-        for name, tensor in named:
-            if not torch.equal(_bytes(live[name].cpu()), _bytes(tensor)):
+            found = live[name].cpu()
+            if not torch.equal(_bytes(found), _bytes(tensor.to(found.dtype))):
                 raise VerificationError(f"{name!r} is live with other values than were sent")
+
+
+class _LoadedAdapter(CallbackAdapter):
+    """Of such a model: what does not fit is refused while requests go on."""
+
+    def __init__(self, loader: _Loader) -> None:
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in loader.live().items()}
+        super().__init__(loader, None, CPU, Kept(served=Held(before)))
+        self._loader = loader
+
+    def prepare(self, content: Content, version: Version) -> str:
+        """As of any loader, and then see whether it fits."""
+        way_back = super().prepare(content, version)
+        self._loader.check(dict(content.tensors()))
+        return way_back
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,9 +154,7 @@ def weights_adapter(sampler: Sampler) -> Adapter:
     if all(tensor.is_cpu for tensor in model.state_dict().values()):
         identity = Identity(replica="sampler", engine="sampler")
         return TransformersAdapter(_base_of(model), identity, _Quiet())
-    loader = _Loader(model)
-    before = Held({name: one.to("cpu", copy=True) for name, one in loader.live().items()})
-    return CallbackAdapter(loader, None, CPU, Kept(served=before))
+    return _LoadedAdapter(_Loader(sampler))
 
 
 def _base_of(model: torch.nn.Module) -> torch.nn.Module:
