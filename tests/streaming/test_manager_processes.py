@@ -16,19 +16,34 @@ class Fleet:
     """Processes that are used again, since it takes seconds to start one."""
 
     def __init__(self) -> None:
-        self.trainers = [Child(SCRIPT) for _ in range(2)]
+        self.trainers = self._new_trainers()
         self.samplers = [Child(SCRIPT) for _ in range(3)]
-        call_all(self.trainers, "distribute", rank=[0, 1], port=free_port())
+
+    @staticmethod
+    def _new_trainers() -> list[Child]:
+        trainers = [Child(SCRIPT) for _ in range(2)]
+        call_all(trainers, "distribute", rank=[0, 1], port=free_port())
+        return trainers
 
     def begin(self, kind: str, engine: str = "gloo") -> None:
         """Models anew, and managers in all processes; the last sampler's engine is this one."""
         self.revive()
         self.where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        call_all(self.trainers, "train", kind=kind)
         engines = ["gloo", "gloo", engine]
         call_all(self.samplers, "sample", seed=[2, 3, 4], kind=kind, engine=engines)
-        call_all(self.trainers, "manage", rank=[0, -1], world_size=4, **self.where)
+        self._train(kind)
         call_all(self.samplers, "manage", rank=[1, 2, 3], world_size=4, **self.where)
+
+    def _train(self, kind: str) -> None:
+        call_all(self.trainers, "train", kind=kind)
+        call_all(self.trainers, "manage", rank=[0, -1], world_size=4, **self.where)
+
+    def renew_trainers(self, kind: str) -> None:
+        """Both anew at the same ports, as a launcher does when one has died."""
+        for trainer in self.trainers:
+            trainer.close()
+        self.trainers = self._new_trainers()
+        self._train(kind)
 
     def renew(self, index: int, kind: str) -> None:
         """This sampler anew, with the others' manager."""
@@ -183,3 +198,9 @@ def test_a_trainer_that_dies_before_it_says_so_leaves_nothing_changed(fleet: Fle
         assert one.startswith("UpdateFailed: kept here, and no more is known")
     assert call_all(fleet.samplers, "weights") == [before] * 3
     assert call_all(fleet.samplers, "served") == ["step-1"] * 3
+
+    fleet.renew_trainers("plain")  # which have no secret of before
+    call_all(fleet.trainers, "step")
+    assert [report["outcome"] for report in fleet.sync("step-3")] == ["published"] * 5
+    weights = call_all(fleet.trainers, "weights")[0]
+    assert call_all(fleet.samplers, "weights") == [weights] * 3
