@@ -30,6 +30,8 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.streaming import GlooCheckpointEngine
 from checkpoint_engine.streaming import engine as engine_module
 from checkpoint_engine.streaming.messages import Ear
+from checkpoint_engine.streaming.receiving import Receiving
+from checkpoint_engine.streaming.watch import Lines
 from children import wait_until
 
 
@@ -202,7 +204,18 @@ def test_a_consumer_that_is_cancelled_ends_the_cycle(pair: Pair) -> None:
         assert len(sync(pair, weights(seed))[1]) == len(weights(seed))
 
 
-def test_finalize_ends_a_cycle_whose_generator_waits(pair: Pair) -> None:
+def test_finalize_ends_a_cycle_whose_generator_waits(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listeners: list[threading.Thread] = []
+    close = Lines.close
+
+    def noted(lines: Lines) -> None:
+        listeners.extend(one for one in threading.enumerate() if one.name == "ckpt-watch")
+        close(lines)
+
+    monkeypatch.setattr(Lines, "close", noted)
+
     async def waited() -> None:
         goes_on = asyncio.Event()
 
@@ -222,6 +235,32 @@ def test_finalize_ends_a_cycle_whose_generator_waits(pair: Pair) -> None:
             await receiving
 
     asyncio.run(waited())
+    assert not listeners, "which would look at lines that are closed"
+
+
+def test_of_two_threads_that_fail_at_once_one_says_it(pair: Pair) -> None:
+    """They share a connection, which is for one thread at a time."""
+    receiving = Receiving(pair[1].link, pair[1]._presence, pair[1]._places)
+    said: list[BaseException] = []
+
+    def say(error: BaseException) -> None:
+        said.append(error)
+        time.sleep(0.1)
+
+    receiving._say_failed = say  # type: ignore[method-assign]
+    receiving._listener = threading.Thread()  # has heard nothing
+    receiving._listener.start()
+    failing = [
+        threading.Thread(target=receiving._fail, args=(UsageError(f"thread {number}"),))
+        for number in range(2)
+    ]
+    for thread in failing:
+        thread.start()
+    for thread in failing:
+        thread.join()
+    assert len(said) == 1
+    with pytest.raises(UsageError, match=str(said[0])):
+        receiving.next()
 
 
 def test_a_receiver_that_listens_late_hears_why_the_sender_left(
