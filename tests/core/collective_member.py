@@ -3,7 +3,8 @@
     python collective_member.py <port of rank 0>
 
 It answers each line, having done what it says: `connect <name>`, `send <number of bytes>`,
-`receive <number of bytes>` (answers with the digest of what arrived), `abandon`, `die`. After
+`receive <number of bytes>` (answers with the digest of what arrived), `abandon`, `die`; `go on`
+receives 4 MiB again and again. After
 `linger <name>` it is connected to this host, and goes on as if there were another to connect to.
 """
 
@@ -46,6 +47,10 @@ def obey(collective: Collective, command: str, argument: str) -> str:
         memory = memoryview(bytearray(int(argument)))
         collective.broadcast(memory, root=0, timeout_seconds=TIMEOUT_SECONDS)
         return hashlib.sha256(memory).hexdigest()
+    elif command == "go":
+        memory = memoryview(bytearray(4 << 20))
+        while True:
+            collective.broadcast(memory, root=0, timeout_seconds=TIMEOUT_SECONDS)
     elif command == "abandon":
         collective.abandon()
     elif command == "die":

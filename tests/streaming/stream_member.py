@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ class Member:
         pause_at: int = 0,
         stop_after: int = -1,
         die_after: int = -1,
+        die_within: float = -1,
         hang_after: int = -1,
         scribble: bool = False,
         die_joining: bool = False,
@@ -98,6 +100,8 @@ class Member:
             async for name, tensor in stream:
                 assert equal(tensor, expected[name]), name
                 names.append(name)
+                if len(names) == 1 and die_within >= 0:
+                    threading.Timer(die_within, os._exit, (9,)).start()
                 if len(names) == die_after:
                     say(event="dying")
                     os._exit(9)

@@ -106,6 +106,8 @@ def test_who_never_comes_is_named_on_both_sides(meet: Meet, kind: str) -> None:
     ("kind", "dies"),
     [
         ("gloo", {"die_after": 2}),
+        ("gloo", {"die_within": 0.02}),  # bytes are on their way to it, which gloo may not notice
+        ("gloo", {"die_within": 0.1}),
         ("gloo", {"die_joining": True}),
         ("gloo", {"die_connecting": 0}),  # where it listens, they find nobody
         ("gloo", {"die_connecting": 0.5}),  # some are connected to it, others never will be
@@ -120,11 +122,11 @@ def test_a_receiver_that_dies_is_named_and_may_be_replaced(
     settings = {**SMALL, "timeout": 1000}  # longer than a test may take
     ranks = crew.meet(kind, 4, settings)
     sent, first, third = (
-        ranks[0].send("send", seed=1),
-        ranks[1].send("receive", seed=1),
-        ranks[3].send("receive", seed=1),
+        ranks[0].send("send", seed=1, num_large=20),
+        ranks[1].send("receive", seed=1, num_large=20),
+        ranks[3].send("receive", seed=1, num_large=20),
     )
-    ranks[2].send("receive", seed=1, **dies)
+    ranks[2].send("receive", seed=1, num_large=20, **dies)
     with pytest.raises(RuntimeError, match="PeerLost: rank 2 died"):
         ranks[0].result(sent)
     for rank, receives in ((ranks[1], first), (ranks[3], third)):

@@ -183,7 +183,8 @@ class Sending:
             rebuild=self._settings.rebuild_group,
         )
         ear = Ear(cycle.hearing.log("heard"), FROM_RECEIVER)
-        watch = self._watch = Watch(ear, self._lines, self._ranks)
+        # Bytes that are on their way to one that died would be waited for.
+        watch = self._watch = Watch(ear, self._lines, self._ranks, self._carrier.abandon)
         world_size = self._link.rendezvous.world_size
         self._voice.say(Plan(bucket_bytes=bucket_bytes, way=way, world_size=world_size))
         with ended_by(self._carrier.abandon, when=lambda: watch.has_failed or self._is_over()):

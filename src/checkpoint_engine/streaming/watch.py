@@ -4,7 +4,7 @@ A receiver that dies says nothing, and its connection to the shared keys does no
 So each receiver listens at a port of its own, where nothing is ever said: the kernel breaks that
 connection when the process ends, or its host is gone.
 
-    watch = Watch(ear, lines, ranks={1, 2})
+    watch = Watch(ear, lines, ranks={1, 2}, on_failure=carrier.abandon)
     watch.wait_ready(7, timeout_seconds=60)         # raises PeerLost if rank 2 dies meanwhile
     watch.close()
 """
@@ -111,10 +111,17 @@ class Watch:
         ear: what they say.
         lines: held to each of them.
         ranks: theirs.
+        on_failure: called when one gave up, or is gone.
     """
 
-    def __init__(self, ear: Ear[FromReceiver], lines: Lines, ranks: Iterable[int]) -> None:
-        self._ear, self._lines = ear, lines
+    def __init__(
+        self,
+        ear: Ear[FromReceiver],
+        lines: Lines,
+        ranks: Iterable[int],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._ear, self._lines, self._on_failure = ear, lines, on_failure
         self._ready = dict.fromkeys(ranks, -1)
         self._done: dict[int, str] = {}
         self._failure: CheckpointEngineError | None = None
@@ -200,6 +207,7 @@ class Watch:
                 with self._changed:
                     self._failure = failure
                     self._changed.notify_all()
+                self._on_failure()
 
     def _note(self, heard: FromReceiver | None) -> CheckpointEngineError | None:
         if isinstance(heard, Failed):

@@ -2,9 +2,9 @@
 
 The group is our own, beside any that the trainer has: of one rank per host, or of a trainer and its
 samplers. Bytes are sent from, and received into, the memory where they lie. After any error a group
-is dead, and half of its ranks do not know it yet: `abandon` closes it, which wakes the others, and
-the next broadcast meets under a new name, once no byte of before is on its way any more. Gloo
-listens at this host's one address.
+is dead, and half of its ranks do not know it yet: `abandon` ends what is under way in it, here and
+at the others, and the next broadcast meets under a new name. Gloo listens at this host's one
+address, and does not notice every death: who hears of one abandons the group.
 
     collective = Collective(rendezvous, index=0, size=2)
     collective.connect("update-17", timeout_seconds=60)
@@ -18,10 +18,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -35,8 +36,11 @@ from checkpoint_engine.transport.rendezvous import Rendezvous
 __all__ = ["BACKENDS", "Collective"]
 
 POLL_SECONDS = 1e-4
+LOOK = timedelta(milliseconds=50)  # in which who waits sees that the group was abandoned
 MAKE_POLL_SECONDS = 0.05
 MAKE_GRACE_SECONDS = 5.0  # in which gloo says itself what it waits for
+AT_ONCE = timedelta(milliseconds=1)
+GRACE_SECONDS = 5.0  # in which torch says itself that a broadcast takes too long
 LONGEST_CONNECT = timedelta(seconds=30)
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
@@ -61,6 +65,15 @@ class _Broadcast:
             with suppress(RuntimeError):  # which whoever waits is told
                 self.wait()
         return self._work is None
+
+    def ends(self, within: timedelta) -> bool:
+        """Wait until it ends, or as long as this."""
+        work = self._work
+        if work is not None:
+            with suppress(RuntimeError):  # that it takes longer, or has failed
+                work.wait(within)
+            del work
+        return self.is_over
 
     def wait(self) -> None:
         """Wait until it ends; raises RuntimeError if it failed, whoever asks."""
@@ -95,7 +108,6 @@ class Collective:
         self._group: Any = None
         self._under_way: list[_Broadcast] = []
         self._lock = threading.Lock()
-        self._ending: list[threading.Thread] = []
         self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
@@ -104,11 +116,10 @@ class Collective:
         All members must call it, and abandon it, for the same updates.
 
         Raises:
-            TransferError: a member did not come in time, or hangs in a group of before.
+            TransferError: a member did not come in time.
         """
         if self._group is not None:
             return
-        self._wait_ended(timeout_seconds)
         timeout = timedelta(seconds=timeout_seconds)
         self._store = self._rendezvous.group_store(f"gloo/{name}")
         self._store.set_timeout(timeout)
@@ -128,7 +139,8 @@ class Collective:
         """Send `memory` from member `root` to all others, whose `memory` it fills.
 
         Raises:
-            TransferError: a member died, or the deadline passed; the group must be abandoned.
+            TransferError: a member died, the deadline passed, or the group was abandoned, which it
+                must be after the others.
         """
         self.begin(memory, root, timeout_seconds)()
 
@@ -157,58 +169,62 @@ class Collective:
             self._under_way = [*_unfinished(self._under_way), begun]
         if self._group is not group:
             self._end(group, [begun])  # which has not heard of it
-        is_queued = not memory.is_cpu
+        ended = partial(begun.ends, LOOK) if memory.is_cpu else partial(_ends_queued, begun)
 
         def landed() -> None:
+            deadline = time.monotonic() + timeout_seconds + GRACE_SECONDS
             with _failing(root):
-                if is_queued:
-                    self._wait_queued(begun, timeout_seconds)
+                while not ended():
+                    if self._group is not group:
+                        raise RuntimeError("the group was abandoned meanwhile")
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"it did not end in {timeout_seconds:.0f} s")
                 begun.wait()
 
         return landed
 
     def abandon(self) -> None:
-        """Close the group, once what is under way in it has ended; members that wait then fail.
+        """End what is under way in the group, and close it; members that wait fail, too.
 
-        What this member has begun, and another has not, ends with that one's group.
+        No byte is moved any more, from or into any memory.
         """
         group, self._group = self._group, None
+        store, self._store = self._store, None
         with self._lock:
             under_way, self._under_way = self._under_way, []
         if group is not None:
             self._end(group, under_way)
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        if store is not None:
+            store.close()
 
     def _end(self, group: Any, begun: Sequence[_Broadcast]) -> None:
         """Let go of a group, whatever it has begun."""
         if not isinstance(group, ProcessGroupGloo):
             group.abort()  # or what is queued on the device waits there for the others, for ever
-        elif _unfinished(begun):
+            return
+        _disconnect(group, (other for other in range(self.size) if other != self.index))
+        if _unfinished(begun):
             # The last who lets go of it waits for them, and holds the interpreter's lock meanwhile.
-            thread = threading.Thread(target=_outlive, args=(begun, group), daemon=True)
-            thread.start()
-            self._ending.append(thread)
+            threading.Thread(target=_outlive, args=(begun, group), daemon=True).start()
 
-    def _wait_ended(self, timeout_seconds: float) -> None:
-        """Wait for what was begun before: it fills memory that will be used again."""
-        deadline = time.monotonic() + timeout_seconds
-        while self._ending:
-            self._ending[-1].join(max(0.0, deadline - time.monotonic()))
-            if self._ending[-1].is_alive():
-                raise TransferError("what was begun before is still under way: a member hangs")
-            self._ending.pop()
 
-    def _wait_queued(self, begun: _Broadcast, timeout_seconds: float) -> None:
-        """Wait for what a device does; torch looks once in a millisecond, or two buckets' time."""
-        deadline = time.monotonic() + timeout_seconds
-        while not begun.is_over:
-            if self._group is None:
-                raise TransferError("the group was abandoned meanwhile")
-            if time.monotonic() > deadline:
-                raise TransferError(f"a broadcast did not end in {timeout_seconds:.0f} s")
-            time.sleep(POLL_SECONDS)
+def _ends_queued(begun: _Broadcast) -> bool:
+    """Of what a device does torch would look once in a millisecond, or two buckets' time."""
+    if begun.is_over:
+        return True
+    time.sleep(POLL_SECONDS)
+    return False
+
+
+def _disconnect(group: Any, others: Iterable[int]) -> None:
+    """Close the connections of a group of gloo's.
+
+    It has no call for that, but does it when a message that is waited for does not come. (What it
+    is sending to a member that has died may still wait until its deadline, by then for nothing.)
+    """
+    for other in others:
+        with suppress(RuntimeError):
+            group.recv([torch.empty(1, dtype=torch.uint8)], other, 0).wait(AT_ONCE)
 
 
 def _gloo(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
