@@ -40,6 +40,7 @@ from checkpoint_engine.transport.rendezvous import Rendezvous
 __all__ = ["StreamingEngine"]
 
 CLOSING_TURNS = 10  # of the event loop, of which it takes three
+LONGEST_TIMEOUT = 366 * 24 * 3600.0  # beyond which deadlines overflow
 PORTS_AFTER_MASTER = 2  # MASTER_PORT is the trainer's own group's, the next a parameter server's
 CPU = torch.device("cpu")
 
@@ -79,10 +80,13 @@ class StreamingEngine(CheckpointEngine):
         rebuild_group: bool = False,
         is_master: bool = False,
     ) -> None:
-        if bucket_size < CHUNK_BYTES:
-            raise UsageError(f"bucket_size={bucket_size}: a bucket has {CHUNK_BYTES} bytes or more")
-        if not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise UsageError(f"timeout={timeout!r}: a wait takes some seconds")
+        if not isinstance(bucket_size, int) or bucket_size < CHUNK_BYTES:
+            raise UsageError(
+                f"bucket_size={bucket_size!r}: a bucket has a number of bytes, "
+                f"{CHUNK_BYTES} or more"
+            )
+        if not isinstance(timeout, (int, float)) or not 0 < timeout <= LONGEST_TIMEOUT:
+            raise UsageError(f"timeout={timeout!r}: a wait takes some seconds, or a year at most")
         check_compression(compression)
         if compression not in self.compressions:
             raise UsageError(f"compression={compression!r} is not for the engine {self.name!r}")
@@ -157,9 +161,20 @@ class StreamingEngine(CheckpointEngine):
         return dict(self._metadata)
 
     def init_process_group(
-        self, rank: int, world_size: int, master_metadata: Mapping[str, Any] | None = None
+        self,
+        rank: int,
+        world_size: int,
+        master_metadata: Mapping[str, Any] | None = None,
+        *,
+        timeout_seconds: float | None = None,
     ) -> None:
         """See `CheckpointEngine`. Waits for rank 0 only; the others may come later.
+
+        Args:
+            rank: as there.
+            world_size: as there.
+            master_metadata: as there.
+            timeout_seconds: the longest wait for it; default that of every wait.
 
         Raises:
             UsageError: the numbers contradict, nothing says where the master is, or it has another
@@ -187,7 +202,8 @@ class StreamingEngine(CheckpointEngine):
             self.prepare()
             master_metadata = self._metadata
         meeting = self.meeting(master_metadata)
-        timeout_seconds = self._settings.timeout_seconds
+        if timeout_seconds is None:
+            timeout_seconds = self._settings.timeout_seconds
         if rank == 0:
             self._lines = Lines()
         else:
@@ -253,6 +269,7 @@ class StreamingEngine(CheckpointEngine):
                 await asyncio.sleep(0)
         with self._busy():
             receiving = Receiving(link, self._presence, self._places)
+            link.under_way.add(receiving.give_up)
             try:
                 await in_thread(receiving.join)
                 while isinstance(arrived := await in_thread(receiving.next), Arrived):
@@ -269,9 +286,17 @@ class StreamingEngine(CheckpointEngine):
                 receiving.give_up(UsageError("its consumer left before the last tensor"))
                 raise
             except BaseException as error:
-                receiving.give_up(error)
-                raise
+                if (cause := receiving.give_up(error)) is error:
+                    raise
+                raise cause from error
+            finally:
+                link.under_way.discard(receiving.give_up)
         self.version = version
+
+    def cancel(self, error: CheckpointEngineError) -> None:
+        """End a cycle that another thread is in, if any; it raises this, and so do the others."""
+        if self._link is not None:
+            self._link.cancel(error)
 
     def finalize(self) -> None:
         """See `CheckpointEngine`. The master waits a moment for the others to leave."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from checkpoint_engine.errors import DeadlineExceeded
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineExceeded, UsageError
 from checkpoint_engine.streaming.carriers import Carrier
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -61,14 +61,14 @@ class Link:
 
     Attributes:
         stopped: set when the engine is being closed, and waits are to end.
-        under_way: called when it is, to end what uses the keys.
+        under_way: called to end what is, with the reason.
     """
 
     def __init__(self, rendezvous: Rendezvous, carrier: Carrier, settings: Settings) -> None:
         self.rendezvous, self.carrier, self.settings = rendezvous, carrier, settings
         self._speaking, self._hearing = rendezvous.fork(), rendezvous.fork()
         self.stopped = threading.Event()
-        self.under_way: set[Callable[[], object]] = set()
+        self.under_way: set[Callable[[CheckpointEngineError], object]] = set()
         self._turn = threading.Lock()
         self._threads: Sequence[threading.Thread] = ()
         self._last = 0
@@ -148,11 +148,15 @@ class Link:
         """The sender's: whoever comes now waits for the next."""
         cycle.speaking.put("over", b"")
 
+    def cancel(self, error: CheckpointEngineError) -> None:
+        """End the cycle that is under way, if any; the others are told why. From any thread."""
+        for end in tuple(self.under_way):
+            end(error)
+
     def close(self) -> None:
         """Leave. What was said in the last cycle stays to be heard, and goes with the sender."""
         self.stopped.set()
-        for end in tuple(self.under_way):
-            end()
+        self.cancel(UsageError("the engine was finalized meanwhile"))
         self.carrier.close()
         if self._turn.acquire(timeout=LEAVE_SECONDS):  # else nothing is left to be done about it
             self._turn.release()

@@ -35,6 +35,7 @@ from checkpoint_engine.update.protocol import Report
 
 __all__ = ["CheckpointEngineManager"]
 
+CANCEL_SECONDS = 0.2
 LEAVE_SECONDS = 30.0  # for others to hear what was decided, or to leave
 
 
@@ -54,7 +55,8 @@ class CheckpointEngineManager:
         world_size: of one side: the trainer's first process and all samplers.
         master_metadata: of one side: where the first process is, what its `metadata` says; default
             is what `$MASTER_ADDR` and `$MASTER_PORT` say.
-        timeout_seconds: the longest that one call may take; every wait in it is shorter.
+        timeout_seconds: the longest that one call may take. A sync that takes longer is given up,
+            as it is if the call is interrupted, unless it is decided.
 
     Raises:
         UsageError: these cannot be the sides of a sync.
@@ -86,7 +88,8 @@ class CheckpointEngineManager:
         self._rank = _trainer_rank() if rank is None else rank
         self._world_size = world_size
         if (self._rank > 0) != bool(self._samplers) or not -1 <= self._rank < world_size:
-            raise UsageError(f"rank {self._rank} of {world_size} is not one of this side's")
+            ranks = f"from 1 to {world_size - 1}" if self._samplers else "0, others of a trainer -1"
+            raise UsageError(f"rank={self._rank}, world_size={world_size}: this side's are {ranks}")
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -125,7 +128,9 @@ class CheckpointEngineManager:
             (f"sampler {index}", _start(one, "receive_weights"))
             for index, one in enumerate(self._samplers)
         ]
-        report: Report = _first_result([*sending, *receiving], deadline)
+        calls = [*sending, *receiving]
+        self._wait(calls, deadline)
+        report: Report = _first_result(calls, deadline)
         return report
 
     def close(self) -> None:
@@ -136,12 +141,37 @@ class CheckpointEngineManager:
         wait_for(futures, deadline - time.monotonic())
         self._has_met = False
 
+    def _wait(self, calls: Sequence[tuple[str, Future[Any]]], deadline: float) -> None:
+        """Wait for the first, which decides; nobody goes on behind the back of an interrupted call.
+
+        A trainer would read weights that are trained on by then.
+        """
+        futures = [future for _, future in calls]
+        try:
+            if wait_for(futures[:1], deadline - time.monotonic()).done:
+                return
+        except BaseException as error:
+            self._cancel(futures, UpdateFailed(f"interrupted there by {type(error).__name__}"))
+            raise
+        late = f"sync_weights took longer there than its timeout_seconds={self._timeout_seconds:g}"
+        self._cancel(futures, DeadlineExceeded(late))
+
+    def _cancel(self, futures: Sequence[Future[Any]], error: CheckpointEngineError) -> None:
+        """End what members of this process do; actors end by themselves, and train after that."""
+        here = [one for one in (*self._trainers, *self._samplers) if not _is_actor(one)]
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while here and wait_for(futures, CANCEL_SECONDS).not_done and time.monotonic() < deadline:
+            for member in here:  # again, since it may not have begun when it was told first
+                member.cancel_checkpoint_engine(error)
+
     def _meet(self, deadline: float) -> None:
         """Again each time, since a sampler may have been started anew; who has met does nothing."""
         if not self._drives:
             (own,) = [*self._trainers, *self._samplers]
             own.prepare_checkpoint_engine(self._rank == 0)
-            own.init_checkpoint_process_group(self._rank, self._world_size, self._metadata)
+            own.init_checkpoint_process_group(
+                self._rank, self._world_size, self._metadata, deadline - time.monotonic()
+            )
             return
         if not self._has_met:
             self.close()  # who has met others before
@@ -169,7 +199,14 @@ def _members(side: Any) -> list[Any]:
     if side is None:
         return []
     found = getattr(side, "_actors", side)
-    return list(found) if isinstance(found, Sequence) else [found]
+    members = list(found) if isinstance(found, Sequence) else [found]
+    for member in members:
+        if not hasattr(member, "cancel_checkpoint_engine"):
+            raise UsageError(
+                f"{member!r:.200} takes no part in a sync: derive its class from "
+                "CheckpointEngineMixin, of Ray's actors too"
+            )
+    return members
 
 
 def _name(manager: CheckpointEngineManager, member: Any) -> str:
@@ -184,10 +221,14 @@ def _trainer_rank() -> int:
     return -1 if dist.is_available() and dist.is_initialized() and dist.get_rank() else 0
 
 
+def _is_actor(member: Any) -> bool:
+    return hasattr(member.send_weights, "remote")
+
+
 def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
     """Call a method of an object on a thread, or of a Ray actor where it is."""
     call = getattr(member, method)
-    if hasattr(call, "remote"):
+    if _is_actor(member):
         found: Future[Any] = call.remote(*arguments).future()
         return found
     future: Future[Any] = Future()

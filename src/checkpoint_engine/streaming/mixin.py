@@ -13,19 +13,21 @@ Its methods are called by a manager, in this process or, if it is a Ray actor, b
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from checkpoint_engine.device_utils import DeviceManager
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import CheckpointEngineError, UsageError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.names import new_engine
 from checkpoint_engine.streaming.sampler import SamplerSide
 from checkpoint_engine.streaming.seats import Seats
 from checkpoint_engine.streaming.trainer import FollowingSide, TrainerSide
+from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report
 
 __all__ = ["CheckpointEngineMixin"]
@@ -90,9 +92,15 @@ class CheckpointEngineMixin:
         return engine.prepare()
 
     def init_checkpoint_process_group(
-        self, rank: int, world_size: int, master_metadata: Mapping[str, Any] | None = None
+        self,
+        rank: int,
+        world_size: int,
+        master_metadata: Mapping[str, Any] | None = None,
+        timeout_seconds: float = math.inf,
     ) -> None:
         """Meet: 0 is the trainer's first process, -1 its others, samplers follow from 1 on.
+
+        Waits for the first for so many seconds, or as long as the engine does.
 
         Raises:
             UsageError: a sampler has neither a model nor `load_weights`.
@@ -108,12 +116,16 @@ class CheckpointEngineMixin:
         engine = self._engine()
         if rank > 0 and self._checkpoint_seats is None:
             self._checkpoint_seats = Seats(self)
-        engine.init_process_group(rank, world_size, master_metadata)
+        longest = engine.settings.timeout_seconds
+        wait_seconds = min(timeout_seconds, longest)
+        engine.init_process_group(rank, world_size, master_metadata, timeout_seconds=wait_seconds)
         if rank == 0:
             self._checkpoint_side = TrainerSide(engine)
         elif rank < 0:
-            seconds = engine.settings.timeout_seconds
-            self._checkpoint_side = FollowingSide(engine.meeting(master_metadata), seconds)
+            keys = Rendezvous.at(
+                engine.meeting(master_metadata), -1, 1, timeout_seconds=wait_seconds
+            )
+            self._checkpoint_side = FollowingSide(keys, longest)
         else:
             assert self._checkpoint_seats is not None, "made above"
             self._checkpoint_side = SamplerSide(engine, self._checkpoint_seats)
@@ -134,6 +146,11 @@ class CheckpointEngineMixin:
         if not isinstance(side, SamplerSide):
             raise UsageError("init_checkpoint_process_group comes first, with a rank from 1 on")
         return side.sync()
+
+    def cancel_checkpoint_engine(self, error: CheckpointEngineError) -> None:
+        """End a sync that another thread is in, which raises this, unless it is decided already."""
+        if self._checkpoint_side is not None:
+            self._checkpoint_side.cancel(error)
 
     def finalize_checkpoint_engine(self) -> None:
         """Leave the others; what is served stays."""

@@ -100,6 +100,7 @@ class Receiving:
         self._voice: Voice | None = None
         self._listener = threading.Thread(target=self._listen, name="ckpt-credit", daemon=True)
         self._failing = threading.Lock()
+        self._given_up: BaseException | None = None
         self._coming: queue.SimpleQueue[tuple[Bucket, Place] | End] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[_Placed | End] = queue.SimpleQueue()
         self._taker = self._worker("ckpt-arrive", self._coming, self._take)
@@ -167,12 +168,19 @@ class Receiving:
         self._next()
         self._stopped.set()
 
-    def give_up(self, error: BaseException) -> None:
-        """End it here, and tell the sender why, which may know already."""
-        self._stopped.set()
-        self._say_failed(error)
+    def give_up(self, error: BaseException) -> BaseException:
+        """End it here, and tell the sender why, which may know already; returns the first reason.
+
+        From any thread.
+        """
+        with self._failing:
+            if self._given_up is None:
+                self._given_up = error
+                self._stopped.set()
+                self._say_failed(error)
         self._link.carrier.abandon()
         self._arrived.put(error)  # for a thread that waits on behalf of a task that was cancelled
+        return self._given_up
 
     def _next(self) -> Arrived | Version | Over:
         asked_at = time.monotonic()

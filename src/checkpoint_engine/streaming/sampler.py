@@ -57,6 +57,10 @@ class SamplerSide:
             if not ending.more:
                 return raise_failed(ending)
 
+    def cancel(self, error: CheckpointEngineError) -> None:
+        """End a sync that another thread is in, if any, until all of a version is here."""
+        self._engine.cancel(error)
+
     def close(self) -> None:
         """Leave."""
         self._keys.give_back()

@@ -25,6 +25,7 @@ import msgspec
 import torch
 
 from checkpoint_engine.errors import (
+    CheckpointEngineError,
     DeadlineExceeded,
     PeerLost,
     RemoteError,
@@ -93,6 +94,7 @@ class Sending:
         self._stopped = threading.Event()
         self._meeting, self._ending = threading.Lock(), threading.Lock()
         self._cause: BaseException | None = None
+        self._awaited: list[int] = []  # of the receivers, while they come
         self._cycle: Cycle | None = None
         self._voice: Voice | None = None
         self._watch: Watch | None = None
@@ -195,19 +197,21 @@ class Sending:
         deadline = time.monotonic() + self._settings.timeout_seconds
         hellos: dict[int, Hello] = {}
         while missing := [rank for rank in self._ranks if rank not in hellos]:
+            self._awaited = missing
             if gone := [rank for rank in self._lines.broken() if rank in hellos]:
                 raise died(gone)
-            with contextlib.suppress(DeadlineExceeded):
-                entry = cycle.hearing.get(f"hello/{missing[0]}", POLL_SECONDS)
-                hellos[missing[0]] = decode_hello(entry)
-                self._lines.hold(missing[0], hellos[missing[0]])
-                continue
             if self._is_over() or time.monotonic() > deadline:
                 raise DeadlineExceeded(
-                    f"{named_ranks(missing[:1])} of {len(self._ranks)} receivers did not come in "
+                    f"{named_ranks(missing)} of {len(self._ranks)} receivers did not come in "
                     f"{self._settings.timeout_seconds:.0f} s: is it up, does it receive, and was "
                     "it given the same CKPT_ENGINE_SECRET, or on one host CKPT_ENGINE_SOCKET_DIR?"
                 )
+            for rank in missing:
+                wait_seconds = POLL_SECONDS if rank == missing[0] else 0.0
+                with contextlib.suppress(DeadlineExceeded):
+                    hellos[rank] = decode_hello(cycle.hearing.get(f"hello/{rank}", wait_seconds))
+                    self._lines.hold(rank, hellos[rank])
+        self._awaited = []
         return hellos
 
     def _is_over(self) -> bool:
@@ -311,5 +315,7 @@ class Sending:
             self._cause = cause
             return cause
 
-    def _end(self) -> None:
-        self._give_up(UsageError("the engine was finalized meanwhile"))
+    def _end(self, error: CheckpointEngineError) -> None:
+        """From another thread, for a reason that is not this cycle's."""
+        awaited = f"; {named_ranks(self._awaited)} had not come" if self._awaited else ""
+        self._give_up(type(error)(f"{error}{awaited}"))

@@ -11,6 +11,7 @@ that depends on what samplers serve: an adapter's base is sent before it to thos
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -42,11 +43,12 @@ from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
 from checkpoint_engine.streaming.threads import blocking
 from checkpoint_engine.streaming.transaction import conduct
-from checkpoint_engine.transport.meeting import Meeting
 from checkpoint_engine.transport.rendezvous import Log, Rendezvous
 from checkpoint_engine.update.protocol import Report, decode
 
 __all__ = ["FollowingSide", "TrainerSide"]
+
+POLL_SECONDS = 0.2
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -76,6 +78,7 @@ class TrainerSide:
         self._past: list[Rendezvous] = []
         self._num_syncs = 0
         self._base: _Base | None = None
+        self._cancelled: CheckpointEngineError | None = None
 
     def sync(
         self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
@@ -87,6 +90,7 @@ class TrainerSide:
             UpdateFailed: no sampler serves it; says which one could not, and why.
         """
         self._num_syncs += 1
+        self._cancelled = None
         steps = self._scope(f"steps {self._num_syncs}").log("steps")
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
@@ -98,6 +102,11 @@ class TrainerSide:
             raise
         steps.append(msgspec.msgpack.encode(_Step(ending=ending)))
         return raise_failed(ending)
+
+    def cancel(self, error: CheckpointEngineError) -> None:
+        """End a sync that another thread is in, if any, for this reason, unless it is decided."""
+        self._cancelled = error
+        self._engine.cancel(error)
 
     def close(self) -> None:
         """Leave."""
@@ -145,13 +154,19 @@ class TrainerSide:
         order = Order(kind=step.kind, version=version, adapter=step.adapter)
         keys = self._scope(f"sync {self._engine.link.number}")
         keys.put("order", msgspec.msgpack.encode(order))
-        report = conduct(keys, version, sent.num_bytes, self._engine.lost, self._timeout_seconds)
+        report = conduct(keys, version, sent.num_bytes, self._look, self._timeout_seconds)
         if step.kind != "adapter" and _is_published(report):
             # To what was merged, an adapter would be applied twice.
             self._base = _Base(version.digest, seen[0]) if seen else None
         ending = Ending(report=report, more=more(report))
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
+
+    def _look(self) -> list[int]:
+        """Which samplers have died; raises why to give up."""
+        if self._cancelled is not None:
+            raise self._cancelled
+        return self._engine.lost()
 
     def _has_base_of(self, model: torch.nn.Module) -> bool:
         """Whether the samplers were sent this model's base, as it is."""
@@ -178,6 +193,7 @@ class TrainerSide:
             return await self._engine.send_weights(weights, label=label)
 
         try:
+            self._look()
             sent = blocking(send())
         except Exception as error:
             if weights.has_begun:  # the trainer's other processes go on making them
@@ -229,20 +245,22 @@ class FollowingSide:
     """Another process of a trainer: it makes weights, and hears how it ended.
 
     Args:
-        meeting: where the first one is.
+        keys: that the first one keeps; taken over.
         timeout_seconds: the longest wait for it to go on.
     """
 
-    def __init__(self, meeting: Meeting, timeout_seconds: float) -> None:
-        self._keys = Rendezvous.at(meeting, -1, 1, timeout_seconds=timeout_seconds)
+    def __init__(self, keys: Rendezvous, timeout_seconds: float) -> None:
+        self._keys = keys
         self._timeout_seconds = timeout_seconds
         self._num_syncs = 0
+        self._cancelled: CheckpointEngineError | None = None
 
     def sync(
         self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
     ) -> Report:
         """As `TrainerSide.sync`, in step with it."""
         self._num_syncs += 1
+        self._cancelled = None
         steps = self._keys.scope(f"steps {self._num_syncs}").log("steps")
         what_to_send(model, merge_and_sync, adapter_name)
         while (ending := (step := self._next(steps)).ending) is None:
@@ -250,20 +268,26 @@ class FollowingSide:
                 pass
         return raise_failed(ending)
 
+    def cancel(self, error: CheckpointEngineError) -> None:
+        """Leave a sync that another thread is in, if any, as soon as nobody waits for weights."""
+        self._cancelled = error
+
     def close(self) -> None:
         """Leave."""
         self._keys.give_back()
 
     def _next(self, steps: Log) -> _Step:
-        try:
-            with with_sender():
-                step: _Step = decode(steps.next(PATIENCE * self._timeout_seconds), _Step)
-        except DeadlineExceeded as error:
-            raise DeadlineExceeded(
-                "the trainer's first process does not say what to send: all of its processes call "
-                "sync_weights() alike"
-            ) from error
-        return step
+        deadline = time.monotonic() + PATIENCE * self._timeout_seconds
+        while time.monotonic() < deadline:
+            if self._cancelled is not None:
+                raise self._cancelled
+            with contextlib.suppress(DeadlineExceeded), with_sender():
+                step: _Step = decode(steps.next(POLL_SECONDS), _Step)
+                return step
+        raise DeadlineExceeded(
+            "the trainer's first process does not say what to send: all of its processes call "
+            "sync_weights() alike"
+        )
 
 
 def what_to_send(

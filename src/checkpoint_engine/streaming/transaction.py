@@ -5,7 +5,7 @@ Who decides and who is told are those of the parameter server's transaction (`up
 The trainer's rank 0 decides. A sampler that dies is noticed as it is in a stream; if rank 0 dies,
 its keys are gone, and who has not heard that the version is to be published returns to its base.
 
-    report = conduct(keys, version, num_bytes, lost, timeout_seconds)   # rank 0
+    report = conduct(keys, version, num_bytes, look, timeout_seconds)   # rank 0
     outcome = take_part(keys, seat)                     # each sampler
     withdraw(keys, error)                               # one that cannot, so that nobody waits
 """
@@ -79,7 +79,7 @@ def conduct(
     keys: Rendezvous,
     version: Version,
     num_bytes: int,
-    lost: Callable[[], Sequence[int]],
+    look: Callable[[], Sequence[int]],
     timeout_seconds: float,
 ) -> Report:
     """Take the version through all samplers.
@@ -88,10 +88,10 @@ def conduct(
         keys: of this version.
         version: which all samplers have received.
         num_bytes: of it.
-        lost: says which ranks have died.
+        look: called now and then; says which ranks have died, or raises why to give up.
         timeout_seconds: until all are ready; a pause is shorter.
     """
-    return _Conduct(keys, version, num_bytes, timeout_seconds).run(lost)
+    return _Conduct(keys, version, num_bytes, timeout_seconds).run(look)
 
 
 class _Conduct:
@@ -112,12 +112,12 @@ class _Conduct:
         self._returned: set[int] = set()
         self._report: Report | None = None
 
-    def run(self, lost: Callable[[], Sequence[int]]) -> Report:
+    def run(self, look: Callable[[], Sequence[int]]) -> Report:
         try:
             self._act([Staged(rank=0, num_requests=len(self._told))])
             while not self._coordinator.done:
                 self._hear()
-                for rank in lost():
+                for rank in look():
                     self._lose(rank, _died(rank))
                 self._decided(self._coordinator.expire(time.monotonic()))
         except CheckpointEngineError as error:

@@ -1,0 +1,139 @@
+"""A call that was given up has ended: nobody goes on behind the back of who was told so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sync_models import Sampler, Trainer, as_text, llama
+
+from checkpoint_engine import CheckpointEngineManager, UpdateFailed
+from checkpoint_engine.errors import DeadlineExceeded
+from checkpoint_engine.streaming import manager as manager_module
+
+TIMEOUT = {"bucket_size": 4 << 20, "timeout": 1000}  # longer than a test may take
+
+
+class Sides:
+    """A trainer and a sampler as two processes have them, each with a manager of its own."""
+
+    def __init__(self) -> None:
+        self.trainer, self.sampler = Trainer(llama(1)), Sampler(llama(2))
+        for side in (self.trainer, self.sampler):
+            side.checkpoint_engine_settings = TIMEOUT
+        self.of_trainer = CheckpointEngineManager(model=self.trainer, rank=0, world_size=2)
+        self.of_sampler = CheckpointEngineManager(
+            sampler=self.sampler, rank=1, world_size=2, master_metadata=self.of_trainer.metadata
+        )
+        self._threads = ThreadPoolExecutor(2)
+
+    def begin(self, manager: CheckpointEngineManager) -> Future[Any]:
+        return self._threads.submit(manager.sync_weights)
+
+    def check_next(self) -> None:
+        """The next sync is of what the trainer has by then."""
+        both = [self.begin(one) for one in (self.of_sampler, self.of_trainer)]
+        assert [one.result(60).outcome for one in both] == ["published"] * 2
+        self.check_same()
+
+    def check_same(self) -> None:
+        assert as_text(self.sampler.model.state_dict()) == as_text(self.trainer.model.state_dict())
+        assert not self.sampler.held.locked()
+
+    def close(self) -> None:
+        self.of_sampler.close()
+        self.of_trainer.close()
+        self._threads.shutdown()
+
+
+@pytest.fixture
+def sides(socket_folder: Path) -> Iterator[Sides]:
+    sides = Sides()
+    yield sides
+    sides.close()
+
+
+def change(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+
+
+def test_a_trainer_that_waited_too_long_sends_nothing_to_who_comes_then(sides: Sides) -> None:
+    sides.of_trainer._timeout_seconds = 0.5
+    late = r"took longer there than its timeout_seconds=0.5; rank 1 had not come"
+    with pytest.raises(UpdateFailed, match=f"nothing was changed: sync_weights {late}"):
+        sides.of_trainer.sync_weights()
+    receiving = sides.begin(sides.of_sampler)
+    time.sleep(0.5)
+    assert not receiving.done()
+    change(sides.trainer.model)  # which is trained on
+    sides.of_trainer._timeout_seconds = 60
+    assert sides.of_trainer.sync_weights() == receiving.result(60)
+    sides.check_same()
+
+
+def test_an_interrupted_trainer_sends_nothing_any_more(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for = manager_module.wait_for
+
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.setattr(manager_module, "wait_for", wait_for)
+        wait_for(*arguments[:1], 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager_module, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sides.of_trainer.sync_weights()
+    change(sides.trainer.model)
+    sides.check_next()
+
+
+def test_a_sampler_that_waited_too_long_is_not_written_to(sides: Sides) -> None:
+    sides.of_trainer._meet(time.monotonic() + 60)
+    sides.of_sampler._timeout_seconds = 0.5
+    with pytest.raises(UpdateFailed, match=r"sync_weights took longer there than .*=0\.5"):
+        sides.of_sampler.sync_weights()
+    sides.of_sampler._timeout_seconds = 60
+    sides.check_next()
+
+
+def test_a_sync_that_no_sampler_has_decided_is_called_off(
+    socket_folder: Path,
+) -> None:
+    class Slow(Sampler):
+        def hold_requests(self, timeout_seconds: float) -> None:
+            time.sleep(2)
+            super().hold_requests(timeout_seconds)
+
+    trainer, sampler = Trainer(llama(1)), Slow(llama(2))
+    before = as_text(sampler.model.state_dict())
+    manager = CheckpointEngineManager(trainer, sampler, timeout_seconds=1)
+    with pytest.raises(UpdateFailed, match="took longer there than its timeout_seconds=1"):
+        manager.sync_weights()
+    assert as_text(sampler.model.state_dict()) == before
+    assert not sampler.held.locked()
+    manager._timeout_seconds = 60
+    manager.sync_weights()
+    assert as_text(sampler.model.state_dict()) == as_text(trainer.model.state_dict())
+    manager.close()
+
+
+def test_nobody_is_waited_for_longer_than_a_call_may_take(
+    socket_folder: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    monkeypatch.setenv("CKPT_ENGINE_SECRET", "s" * 40)
+    sampler = Sampler(llama(2))
+    sampler.checkpoint_engine_settings = TIMEOUT
+    manager = CheckpointEngineManager(sampler=sampler, rank=1, world_size=2, timeout_seconds=0.5)
+    with pytest.raises(DeadlineExceeded):
+        manager.sync_weights()
+    manager.close()
