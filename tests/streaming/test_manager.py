@@ -270,8 +270,14 @@ def test_what_is_no_sync_is_refused(manage: Manage) -> None:
         CheckpointEngineManager()
     with pytest.raises(UsageError, match="needs world_size="):
         CheckpointEngineManager(sampler=sampler)
-    with pytest.raises(UsageError, match="is not one of this side's"):
+    with pytest.raises(UsageError, match="this side's are from 1 to 1"):
         CheckpointEngineManager(sampler=sampler, rank=0, world_size=2)
+    with pytest.raises(UsageError, match="one and the number of samplers"):
+        CheckpointEngineManager(model=trainer, rank=0, world_size=1)
+    with pytest.raises(UsageError, match="derive its class from CheckpointEngineMixin"):
+        CheckpointEngineManager(trainer, sampler.model)
+    with pytest.raises(UsageError, match=r"embed_tokens\.weight' .* is on meta"):
+        Sampler(llama(2).to("meta")).init_checkpoint_process_group(1, 2)
     with pytest.raises(UsageError, match="has a torch module as `model`"):
         CheckpointEngineMixin().init_checkpoint_process_group(1, 2)
 
@@ -293,6 +299,24 @@ def test_each_side_for_itself_and_within_an_event_loop(socket_folder: Path) -> N
     assert torch.equal(logits(sampler.model), logits(trainer.model))
     receiving.close()
     sending.close()
+
+
+def test_a_compiled_sampler(manage: Manage) -> None:
+    trainer, sampler = Trainer(llama(1)), Sampler(torch.compile(llama(2), backend="eager"))
+    manage(trainer, sampler).sync_weights()
+    assert torch.equal(logits(sampler.model), logits(trainer.model))
+
+
+def test_a_tensor_that_shares_memory_with_itself_is_refused_while_it_serves(
+    manage: Manage,
+) -> None:
+    trainer, sampler = Trainer(torch.nn.Linear(4, 4)), Sampler(torch.nn.Linear(4, 4))
+    sampler.model.weight = torch.nn.Parameter(torch.ones(1, 4).expand(4, 4), requires_grad=False)
+    bias = sampler.model.bias.clone()
+    with pytest.raises(UpdateFailed, match="elements of the model's share memory"):
+        manage(trainer, sampler).sync_weights()
+    assert sampler.num_holds == 0
+    assert torch.equal(sampler.model.bias, bias)
 
 
 @pytest.fixture
@@ -398,7 +422,7 @@ def test_a_torn_sampler_is_mended_by_the_next_sync(manage: Manage) -> None:
     manager = manage(trainer, sampler)
     manager.sync_weights()
     sampler.num_failures = 2  # the load, and the way back
-    with pytest.raises(UpdateFailed) as failed:
+    with pytest.raises(UpdateFailed, match="go back after RuntimeError: cannot load now") as failed:
         manager.sync_weights()
     assert failed.value.report is not None
     assert [one.outcome for one in failed.value.report.replicas] == ["torn"]

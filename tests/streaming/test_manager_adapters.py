@@ -90,6 +90,20 @@ def test_a_base_that_is_trained_is_sent_each_time(manage: Manage) -> None:
         trainer.step()
 
 
+def test_a_sampler_that_wrote_to_its_base_is_sent_it_again(manage: Manage) -> None:
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    for number in range(3):
+        manager.sync_weights(merge_and_sync=False, label=f"{number}")
+        check_serves(sampler, trainer.model)
+        if number < 1:
+            with torch.no_grad():
+                sampler.model.get_base_model().lm_head.weight.mul_(2)
+    version = sampler.served_version()
+    assert version is not None
+    assert version.label == "1-base"
+
+
 def test_another_model_has_another_base(manage: Manage) -> None:
     """Also one that was written to as often."""
     trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))

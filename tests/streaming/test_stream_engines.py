@@ -15,7 +15,7 @@ from stream_pair import Pair, connected, received, sync
 from stream_weights import MIB, equal, weights
 
 import checkpoint_engine
-from checkpoint_engine.errors import UsageError
+from checkpoint_engine.errors import DeadlineExceeded, SourceError, UsageError
 from checkpoint_engine.streaming import (
     CheckpointEngine,
     CudaIpcCheckpointEngine,
@@ -141,14 +141,39 @@ def test_meeting_again_is_following_the_trainer(socket_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"bucket_size": 1 << 20}, "4194304 bytes or more"),
+        ({"bucket_size": 1 << 20}, "a number of bytes, 4194304 or more"),
+        ({"bucket_size": 64e6}, "bucket_size=64000000.0: a bucket has a number of bytes"),
         ({"timeout": 0}, "timeout=0"),
+        ({"timeout": float("inf")}, "timeout=inf: .* a year at most"),
+        ({"timeout": float("nan")}, "timeout=nan"),
         ({"compression": "lz4"}, "there are none, zstd"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         GlooCheckpointEngine(**settings)
+
+
+def test_all_who_did_not_come_are_named(socket_folder: Path) -> None:
+    trainer = GlooCheckpointEngine(timeout=0.5)
+    trainer.is_master = True
+    trainer.prepare()
+    trainer.init_process_group(rank=0, world_size=4)
+    with pytest.raises(DeadlineExceeded, match=r"ranks 1, 2, 3 of 3 receivers did not come"):
+        asyncio.run(trainer.send_weights(weights(1)))
+    trainer.finalize()
+
+
+@pytest.mark.parametrize("sent", [7, [torch.ones(2)], [("a", torch.ones(2), "b")], ["ab"]])
+def test_what_are_no_weights_is_told(pair: Pair, sent: Any) -> None:
+    async def both() -> Any:
+        return await asyncio.gather(
+            pair[0].send_weights(sent), received(pair[1]), return_exceptions=True
+        )
+
+    for error in asyncio.run(both()):
+        assert isinstance(error, SourceError)
+        assert "a name and a tensor" in str(error)
 
 
 def test_wrong_uses_are_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,6 +346,8 @@ def check_fit(name: str, shape: Sequence[int], dtype: torch.dtype, target: torch
         raise AdapterError(
             f"{name!r}: the checkpoint has shape {list(shape)}, the model {list(target.shape)}"
         )
+    if any(n > 1 and not step for n, step in zip(target.shape, target.stride(), strict=True)):
+        raise AdapterError(f"{name!r}: elements of the model's share memory: it was expanded")
     if dtype != target.dtype and not {dtype, target.dtype} <= CASTABLE:
         raise AdapterError(f"{name!r}: {dtype} is not cast to {target.dtype}")
 

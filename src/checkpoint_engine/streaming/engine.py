@@ -347,8 +347,8 @@ class StreamingEngine(CheckpointEngine):
     def _busy(self) -> Any:
         if self._is_busy:
             raise UsageError(
-                "one version after the other: this engine sends or receives already; a loop that "
-                "is left over a named generator is ended by contextlib.aclosing"
+                "this engine sends or receives already, and does so with one version after the "
+                "other; a loop that is left over a named generator is ended by contextlib.aclosing"
             )
         self._is_busy = True
         try:

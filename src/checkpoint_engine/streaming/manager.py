@@ -85,6 +85,8 @@ class CheckpointEngineManager:
             raise UsageError("give model= and sampler=, or the one of them that this process is")
         if world_size is None or (self._samplers and rank is None):
             raise UsageError("one side needs world_size=, and a sampler its rank= from 1 on")
+        if world_size < 2:
+            raise UsageError(f"world_size={world_size}: it is one and the number of samplers")
         self._rank = _trainer_rank() if rank is None else rank
         self._world_size = world_size
         if (self._rank > 0) != bool(self._samplers) or not -1 <= self._rank < world_size:

@@ -14,8 +14,8 @@ copied, so the version's digest is known when the last tensor has gone by, on ei
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,15 +82,27 @@ def weight_of(name: str, tensor: torch.Tensor) -> Weight:
 
 
 async def named(weights: Weights) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    """The pairs of whatever holds them. The next is asked for only when one has been used."""
+    """The pairs of whatever holds them. The next is asked for only when one has been used.
+
+    Raises:
+        SourceError: they are none.
+    """
     if isinstance(weights, Mapping):
         weights = weights.items()
     if isinstance(weights, Iterable):
         for pair in weights:
-            yield pair
-    else:
+            yield _checked_pair(pair)
+    elif isinstance(weights, AsyncIterable):
         async for pair in weights:
-            yield pair
+            yield _checked_pair(pair)
+    else:
+        raise SourceError(f"a {type(weights).__name__} holds no pairs of a name and a tensor")
+
+
+def _checked_pair(pair: Any) -> tuple[str, torch.Tensor]:
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+        raise SourceError(f"a {type(pair).__name__} is no pair of a name and a tensor")
+    return pair[0], pair[1]
 
 
 def cuts(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, int]]:

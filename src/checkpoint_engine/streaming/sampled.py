@@ -21,6 +21,7 @@ from checkpoint_engine.adapters.live import check_fit, check_names
 from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.errors import UsageError, VerificationError
 from checkpoint_engine.manifest import Version
+from checkpoint_engine.sources.training import inner_model
 
 __all__ = ["Sampler", "loads_by_itself", "module_of", "places_of", "weights_adapter"]
 
@@ -122,16 +123,23 @@ def module_of(sampler: Sampler) -> torch.nn.Module | None:
     model = getattr(sampler, "model", None)
     if loads_by_itself(sampler) or not isinstance(model, torch.nn.Module):
         return None
-    base: Any = getattr(model, "get_base_model", lambda: model)
+    inner: Any = inner_model(model)
+    base: Any = getattr(inner, "get_base_model", lambda: inner)
     return cast(torch.nn.Module, base())
 
 
 def places_of(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
-    """Of what kind the tensors of a sampler's base are, and where those that are written to lie."""
+    """Of what kind a sampler's tensors are, where they lie, and how often torch wrote to them."""
     if module_of(sampler) is None:
         return {}
     return {
-        name: (tensor.data_ptr() if tensor.is_cpu else 0, tensor.device, tensor.dtype, tensor.shape)
+        name: (
+            tensor.data_ptr() if tensor.is_cpu else 0,
+            tensor.device,
+            tensor.dtype,
+            tensor.shape,
+            0 if tensor.is_inference() else tensor._version,
+        )
         for name, tensor in _base_of(sampler.model).state_dict().items()
     }
 
@@ -151,6 +159,8 @@ def weights_adapter(sampler: Sampler) -> Adapter:
             "a sampler has a torch module as `model`, or takes lists of (name, tensor) by a method "
             "`load_weights`"
         )
+    if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise UsageError(f"{meta[0]!r} of the sampler's model has no memory yet: it is on meta")
     if all(tensor.is_cpu for tensor in model.state_dict().values()):
         identity = Identity(replica="sampler", engine="sampler")
         return TransformersAdapter(_base_of(model), identity, _Quiet())
@@ -158,4 +168,5 @@ def weights_adapter(sampler: Sampler) -> Adapter:
 
 
 def _base_of(model: torch.nn.Module) -> torch.nn.Module:
-    return Base(model) if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
+    return Base(inner) if hasattr(inner, "get_base_model") else inner

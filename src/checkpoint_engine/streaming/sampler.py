@@ -31,6 +31,13 @@ from checkpoint_engine.update.session import Outcome
 __all__ = ["SamplerSide"]
 
 
+SERVES = {
+    "kept": "the version of before is served",
+    "published": "the new version is served",
+    "torn": "no version is served",
+}
+
+
 class SamplerSide:
     """This sampler's part in a stream that it has joined. Borrows all that it is given.
 
@@ -88,7 +95,10 @@ class SamplerSide:
         except CheckpointEngineError as error:
             if cause is not None:
                 raise UpdateFailed(f"nothing was changed: {cause}") from cause
-            raise UpdateFailed(f"{outcome.state} here, and no more is known: {error}") from error
+            raise UpdateFailed(
+                f"{outcome.state} here, and no more is known: {error}; {SERVES[outcome.state]} "
+                "here, and the next sync brings all samplers to one"
+            ) from error
         return ending
 
     async def _received(self) -> dict[str, torch.Tensor]:

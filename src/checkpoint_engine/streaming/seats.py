@@ -76,6 +76,7 @@ class Seats:
             before, self._held[place] = self._held.get(place), held
             if before is not None:
                 before.release()  # an adapter would keep it to return to it later
+        self._places = places_of(self._sampler)
         return outcome
 
     def _writer(self, order: Order, place: str) -> Adapter:
@@ -86,7 +87,7 @@ class Seats:
         return self._writers[place]
 
     def _follow(self) -> None:
-        """If the sampler has another model now, or its tensors lie elsewhere, write to those."""
+        """Begin with what the sampler has now, if that is not what was left here."""
         if (module := module_of(self._sampler)) is not self._module:
             self._module, self._last_base = module, None
             self._writers, self._held, self.adapters = {}, {}, {}

@@ -88,7 +88,8 @@ class Responder:
             self.context.destroy(linger=0)
             raise UsageError(
                 f"cannot listen on {host}:{port or 'any port'}: {error}; set CKPT_ENGINE_ADDRESS "
-                "to an address of this host, and check MASTER_ADDR and MASTER_PORT"
+                "to an address of this host, and check MASTER_ADDR and MASTER_PORT, after which "
+                "two more ports are used"
             ) from error
         endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.address = f"{host}:{endpoint.rpartition(':')[2]}"

@@ -20,6 +20,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from checkpoint_engine.adapters.base import Adapter, Content
 from checkpoint_engine.adapters.staged import Staged
 from checkpoint_engine.adapters.streamed import Streamed
@@ -270,6 +272,9 @@ def _withdraw(
     cause: Exception = UpdateRefused(str(error)) if told else error
     failure = _return_to_base(adapter, progress)
     described = RemoteError.of(failure or cause, adapter.identity.replica)
+    if failure is not None:
+        why = f"{described.message}; it was to go back after {type(cause).__name__}: {cause}"
+        described = msgspec.structs.replace(described, message=why)
     for known in (error, failure):
         if known is not None:  # views in its frames would hold the memory until a collection
             traceback.clear_frames(known.__traceback__)
