@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,6 +223,33 @@ def test_who_hears_of_a_death_need_not_wait_for_gloo_to_notice_it(
     member = start_member()
     meet(collective, member, "update-2")
     check_both_ways(collective, member, 300)
+
+
+def test_who_hears_that_a_group_is_abandoned_is_written_to_no_more(
+    collective: Collective, start_member: Callable[[], Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while another thread is at it."""
+    disconnect, begun = collective_module._disconnect, threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        begun.set()
+        time.sleep(0.5)
+        disconnect(*arguments)
+
+    member = start_member()
+    meet(collective, member, "update-1")
+    received = memoryview(bytearray(1000))
+    waiting = Background(collective.begin(received, 1, TIMEOUT_SECONDS))
+    monkeypatch.setattr(collective_module, "_disconnect", slowly)
+    first = Background(collective.abandon)
+    assert begun.wait(TIMEOUT_SECONDS)
+    collective.abandon()
+    with pytest.raises(TransferError, match=r"abandoned meanwhile|broadcast from host 1"):
+        waiting.result()
+    member.tell("send 1000")
+    assert member.answer().startswith("TransferError: broadcast from host 1")
+    assert not any(received)
+    first.result()
 
 
 def test_nothing_is_written_any_more_once_a_delivery_has_failed(

@@ -107,7 +107,7 @@ class Collective:
         self._make = BACKENDS[backend]
         self._group: Any = None
         self._under_way: list[_Broadcast] = []
-        self._lock = threading.Lock()
+        self._lock, self._abandoning = threading.Lock(), threading.Lock()
         self._store: GroupStore | None = None
 
     def connect(self, name: str, timeout_seconds: float) -> None:
@@ -121,11 +121,11 @@ class Collective:
         if self._group is not None:
             return
         timeout = timedelta(seconds=timeout_seconds)
-        self._store = self._rendezvous.group_store(f"gloo/{name}")
-        self._store.set_timeout(timeout)
+        store = self._store = self._rendezvous.group_store(f"gloo/{name}")
+        store.set_timeout(timeout)
         try:
             self._group = self._make(
-                self._store, self.index, self.size, timeout, self._rendezvous.address
+                store, self.index, self.size, timeout, self._rendezvous.address
             )
         except (RuntimeError, CheckpointEngineError) as error:
             self.abandon()
@@ -168,7 +168,8 @@ class Collective:
         with self._lock:
             self._under_way = [*_unfinished(self._under_way), begun]
         if self._group is not group:
-            self._end(group, [begun])  # which has not heard of it
+            with self._abandoning:
+                self._end(group, [begun])  # which has not heard of it
         ended = partial(begun.ends, LOOK) if memory.is_cpu else partial(_ends_queued, begun)
 
         def landed() -> None:
@@ -176,7 +177,8 @@ class Collective:
             with _failing(root):
                 while not ended():
                     if self._group is not group:
-                        raise RuntimeError("the group was abandoned meanwhile")
+                        with self._abandoning:  # until no byte is moved any more
+                            raise RuntimeError("the group was abandoned meanwhile")
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"it did not end in {timeout_seconds:.0f} s")
                 begun.wait()
@@ -188,14 +190,15 @@ class Collective:
 
         No byte is moved any more, from or into any memory.
         """
-        group, self._group = self._group, None
-        store, self._store = self._store, None
-        with self._lock:
-            under_way, self._under_way = self._under_way, []
-        if group is not None:
-            self._end(group, under_way)
-        if store is not None:
-            store.close()
+        with self._abandoning:  # who comes second returns when it is done, too
+            group, self._group = self._group, None
+            store, self._store = self._store, None
+            with self._lock:
+                under_way, self._under_way = self._under_way, []
+            if group is not None:
+                self._end(group, under_way)
+            if store is not None:
+                store.close()
 
     def _end(self, group: Any, begun: Sequence[_Broadcast]) -> None:
         """Let go of a group, whatever it has begun."""
