@@ -17,6 +17,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
@@ -286,12 +287,22 @@ class Sending:
     def _finish(self, label: str, digest: str) -> None:
         assert self._voice is not None, "a cycle begins with the meeting"
         assert self._watch is not None, "a cycle begins with the meeting"
-        self._voice.say(End(label=label, digest=digest, num_tensors=self._ledger.num_tensors))
+        with self._unless_given_up():
+            self._voice.say(End(label=label, digest=digest, num_tensors=self._ledger.num_tensors))
         self._watch.wait_done(digest, self._settings.timeout_seconds)
-        self._watch.close()
-        self._voice.say(Over())
-        self._link.end(self._the_cycle)
-        self._link.under_way.discard(self._end)
+        with self._unless_given_up():
+            self._watch.close()
+            self._voice.say(Over())
+            self._link.end(self._the_cycle)
+            self._link.under_way.discard(self._end)
+
+    @contextlib.contextmanager
+    def _unless_given_up(self) -> Iterator[None]:
+        """Nobody ends the cycle within; raises why if somebody has."""
+        with self._ending:
+            if self._cause is not None:
+                raise self._cause
+            yield
 
     def _give_up(self, error: BaseException) -> BaseException:
         """Tell everybody that the cycle failed, once; returns what is behind the error."""
