@@ -30,7 +30,7 @@ class Sides:
         self.of_sampler = CheckpointEngineManager(
             sampler=self.sampler, rank=1, world_size=2, master_metadata=self.of_trainer.metadata
         )
-        self._threads = ThreadPoolExecutor(2)
+        self._threads = ThreadPoolExecutor(3)
 
     def begin(self, manager: CheckpointEngineManager) -> Future[Any]:
         return self._threads.submit(manager.sync_weights)
@@ -102,6 +102,28 @@ def test_a_sampler_that_waited_too_long_is_not_written_to(sides: Sides) -> None:
         sides.of_sampler.sync_weights()
     sides.of_sampler._timeout_seconds = 60
     sides.check_next()
+
+
+def test_who_gathers_with_a_process_that_left_does_not_begin(sides: Sides) -> None:
+    """That one trains by then."""
+    other = Trainer(llama(1))
+    other.checkpoint_engine_settings = TIMEOUT
+    of_other = CheckpointEngineManager(
+        model=other, rank=-1, world_size=2, master_metadata=sides.of_trainer.metadata
+    )
+    sending = sides.begin(sides.of_trainer)
+    of_other._timeout_seconds = 0.5
+    with pytest.raises(DeadlineExceeded, match=r"took longer there than .*=0\.5"):
+        of_other.sync_weights()
+    with pytest.raises(UpdateFailed, match="another of the trainer's processes has given up"):
+        sides.of_sampler.sync_weights()
+    with pytest.raises(UpdateFailed, match="another of the trainer's processes has given up"):
+        sending.result(60)
+    of_other._timeout_seconds = 60
+    joining = sides.begin(of_other)
+    sides.check_next()
+    assert joining.result(60).outcome == "published"
+    of_other.close()
 
 
 def test_a_sync_that_no_sampler_has_decided_is_called_off(

@@ -180,9 +180,5 @@ def _begun(threads: Sequence[threading.Thread]) -> list[threading.Thread]:
 
 
 def _is_set(keys: Rendezvous, key: str, timeout_seconds: float) -> bool:
-    try:
-        with with_sender():
-            keys.get(key, timeout_seconds)
-    except DeadlineExceeded:
-        return False
-    return True
+    with with_sender():
+        return keys.has(key, timeout_seconds)

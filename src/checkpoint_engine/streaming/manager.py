@@ -162,9 +162,11 @@ class CheckpointEngineManager:
         """End what members of this process do; actors end by themselves, and train after that."""
         here = [one for one in (*self._trainers, *self._samplers) if not _is_actor(one)]
         deadline = time.monotonic() + LEAVE_SECONDS
-        while here and wait_for(futures, CANCEL_SECONDS).not_done and time.monotonic() < deadline:
+        while here and time.monotonic() < deadline:
             for member in here:  # again, since it may not have begun when it was told first
                 member.cancel_checkpoint_engine(error)
+            if not wait_for(futures, CANCEL_SECONDS).not_done:
+                return
 
     def _meet(self, deadline: float) -> None:
         """Again each time, since a sampler may have been started anew; who has met does nothing."""

@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -48,6 +49,7 @@ from checkpoint_engine.update.protocol import Report, decode
 
 __all__ = ["FollowingSide", "TrainerSide"]
 
+LEFT = "left"  # the key by which another process says that it makes no step any more
 POLL_SECONDS = 0.2
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -79,6 +81,7 @@ class TrainerSide:
         self._num_syncs = 0
         self._base: _Base | None = None
         self._cancelled: CheckpointEngineError | None = None
+        self._left: Callable[[], bool]
 
     def sync(
         self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
@@ -91,7 +94,8 @@ class TrainerSide:
         """
         self._num_syncs += 1
         self._cancelled = None
-        steps = self._scope(f"steps {self._num_syncs}").log("steps")
+        scope = self._scope(f"steps {self._num_syncs}")
+        self._left, steps = partial(scope.has, LEFT), scope.log("steps")
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
             ending = self._send(model, kind, adapter, label, steps)
@@ -184,6 +188,8 @@ class TrainerSide:
             if step.kind == "base":
                 seen.append(BaseSeen(model))
             steps.append(msgspec.msgpack.encode(step))
+            if self._left():  # before it heard of this step, which it would else make, too
+                raise UpdateFailed("another of the trainer's processes has given up its call")
             yield from made(model, step, self._timeout_seconds)
 
         return _Weights(tensors())
@@ -261,9 +267,10 @@ class FollowingSide:
         """As `TrainerSide.sync`, in step with it."""
         self._num_syncs += 1
         self._cancelled = None
-        steps = self._keys.scope(f"steps {self._num_syncs}").log("steps")
+        scope = self._keys.scope(f"steps {self._num_syncs}")
+        steps = scope.log("steps")
         what_to_send(model, merge_and_sync, adapter_name)
-        while (ending := (step := self._next(steps)).ending) is None:
+        while (ending := (step := self._next(scope, steps)).ending) is None:
             for _ in made(model, step, self._timeout_seconds):
                 pass
         return raise_failed(ending)
@@ -276,18 +283,21 @@ class FollowingSide:
         """Leave."""
         self._keys.give_back()
 
-    def _next(self, steps: Log) -> _Step:
+    def _next(self, scope: Rendezvous, steps: Log) -> _Step:
         deadline = time.monotonic() + PATIENCE * self._timeout_seconds
-        while time.monotonic() < deadline:
-            if self._cancelled is not None:
-                raise self._cancelled
+        leaves: CheckpointEngineError | None = None
+        while leaves is None:
+            if (leaves := self._cancelled) is None and time.monotonic() > deadline:
+                leaves = DeadlineExceeded(
+                    "the trainer's first process does not say what to send: all of its processes "
+                    "call sync_weights() alike"
+                )
+            if leaves is not None:  # either it sees this, or its step is seen here
+                scope.put(LEFT, b"")
             with contextlib.suppress(DeadlineExceeded), with_sender():
                 step: _Step = decode(steps.next(POLL_SECONDS), _Step)
                 return step
-        raise DeadlineExceeded(
-            "the trainer's first process does not say what to send: all of its processes call "
-            "sync_weights() alike"
-        )
+        raise leaves
 
 
 def what_to_send(

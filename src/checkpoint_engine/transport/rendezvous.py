@@ -157,6 +157,14 @@ class Rendezvous:
         self._keys.add(key)
         self.store.set(self._prefix + key, value)
 
+    def has(self, key: str, timeout_seconds: float = 0.0) -> bool:
+        """Whether a value was put, or is in time; raises as `get` else."""
+        try:
+            self.get(key, timeout_seconds)
+        except DeadlineExceeded:
+            return False
+        return True
+
     def get(self, key: str, timeout_seconds: float) -> bytes:
         """Wait for a key.
 
