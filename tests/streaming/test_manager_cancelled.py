@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from sync_models import Sampler, Trainer, as_text, llama
+from sync_models import Sampler, Trainer, as_text, llama, logits, with_adapter
 
 from checkpoint_engine import CheckpointEngineManager, UpdateFailed
-from checkpoint_engine.errors import DeadlineExceeded
+from checkpoint_engine.adapters.held import Held
+from checkpoint_engine.errors import DeadlineExceeded, UsageError
+from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming import manager as manager_module
+from checkpoint_engine.streaming import sampler as sampler_side
+from checkpoint_engine.streaming import trainer as trainer_side
+from children import wait_until
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 TIMEOUT = {"bucket_size": 4 << 20, "timeout": 1000}  # longer than a test may take
 
@@ -145,6 +153,61 @@ def test_a_sync_that_no_sampler_has_decided_is_called_off(
     manager.sync_weights()
     assert as_text(sampler.model.state_dict()) == as_text(trainer.model.state_dict())
     manager.close()
+
+
+def test_a_sampler_that_is_not_there_yet_when_a_sync_is_called_off_hears_so(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It digests what it has received, and greets somebody who has left."""
+    late = threading.Event()
+
+    class Slow(Held):
+        def __init__(self, tensors: Any) -> None:
+            super().__init__(tensors)
+            late.wait(60)
+
+    monkeypatch.setattr(sampler_side, "Held", Slow)
+    trainer, sampler = Trainer(llama(1)), Sampler(llama(2))
+    manager = CheckpointEngineManager(trainer, sampler, timeout_seconds=1)
+    threading.Timer(3, late.set).start()
+    with pytest.raises(UpdateFailed, match="took longer there"):
+        manager.sync_weights()
+    assert "took longer there" in str(sampler.failure)
+    manager.close()
+
+
+def test_what_a_base_is_served_without_is_told(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, sampler = Trainer(with_adapter(llama(1))), Sampler(llama(2))
+    manager = CheckpointEngineManager(trainer, sampler, timeout_seconds=60)
+    conduct = trainer_side.conduct
+
+    def cancelled(*arguments: Any) -> Any:
+        report = conduct(*arguments)
+        trainer.cancel_checkpoint_engine(DeadlineExceeded("too late"))
+        return report
+
+    told = "the base is served, its adapter is not: nothing was changed: .*too late"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_side, "conduct", cancelled)
+        with pytest.raises(UpdateFailed, match=told):
+            manager.sync_weights(merge_and_sync=False, label="one")
+    assert "the base is served, its adapter is not" in str(sampler.failure)
+    assert (sampler.served_version() or Version(label="", digest="")).label == "one-base"
+    assert manager.sync_weights(merge_and_sync=False).outcome == "published"
+    assert torch.equal(logits(sampler.model), logits(trainer.model))
+    manager.close()
+
+
+def test_a_second_call_does_not_come_between(sides: Sides) -> None:
+    sides.of_trainer._meet(time.monotonic() + 60)
+    sides.of_sampler._meet(time.monotonic() + 60)
+    receiving = sides.begin(sides.of_sampler)
+    wait_until(lambda: sides.sampler._checkpoint_side._turn.locked())  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="under way in this process already"):
+        sides.of_sampler.sync_weights()
+    assert sides.of_trainer.sync_weights() == receiving.result(60)
 
 
 def test_nobody_is_waited_for_longer_than_a_call_may_take(

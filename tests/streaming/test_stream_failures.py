@@ -31,6 +31,7 @@ from checkpoint_engine.streaming import GlooCheckpointEngine
 from checkpoint_engine.streaming import engine as engine_module
 from checkpoint_engine.streaming.messages import Ear
 from checkpoint_engine.streaming.receiving import Receiving
+from checkpoint_engine.streaming.sending import Sending
 from checkpoint_engine.streaming.watch import Lines
 from children import wait_until
 
@@ -236,6 +237,16 @@ def test_finalize_ends_a_cycle_whose_generator_waits(
 
     asyncio.run(waited())
     assert not listeners, "which would look at lines that are closed"
+
+
+def test_a_cycle_that_is_given_up_before_it_begins_does_not_begin(pair: Pair) -> None:
+    """Nobody would end it, and a receiver that joined would wait."""
+    sending = Sending(pair[0].link, pair[0]._lines)
+    pair[0].link.under_way.add(sending._end)
+    pair[0].link.cancel(UsageError("early"))
+    with pytest.raises(TransferError, match="given up"):
+        sending._meet()
+    assert sync(pair, weights(1))[0].label == "sync-1"
 
 
 def test_of_two_threads_that_fail_at_once_one_says_it(pair: Pair) -> None:

@@ -122,16 +122,17 @@ class CheckpointEngineManager:
         """
         deadline = time.monotonic() + self._timeout_seconds
         self._meet(deadline)
-        sending = [
-            (f"trainer {index}", _start(one, "send_weights", merge_and_sync, adapter_name, label))
-            for index, one in enumerate(self._trainers)
-        ]
-        receiving = [
-            (f"sampler {index}", _start(one, "receive_weights"))
-            for index, one in enumerate(self._samplers)
-        ]
-        calls = [*sending, *receiving]
-        self._wait(calls, deadline)
+        calls: list[tuple[str, Future[Any]]] = []
+        try:
+            for index, one in enumerate(self._trainers):
+                arguments = (merge_and_sync, adapter_name, label)
+                _begin(calls, f"trainer {index}", one, "send_weights", *arguments)
+            for index, one in enumerate(self._samplers):
+                _begin(calls, f"sampler {index}", one, "receive_weights")
+            self._wait(calls, deadline)
+        except BaseException as error:
+            self._cancel(calls, UpdateFailed(f"interrupted there by {type(error).__name__}"))
+            raise
         report: Report = _first_result(calls, deadline)
         return report
 
@@ -144,22 +145,20 @@ class CheckpointEngineManager:
         self._has_met = False
 
     def _wait(self, calls: Sequence[tuple[str, Future[Any]]], deadline: float) -> None:
-        """Wait for the first, which decides; nobody goes on behind the back of an interrupted call.
+        """Wait for the first, which decides."""
+        if not wait_for([calls[0][1]], deadline - time.monotonic()).done:
+            late = f"took longer there than its timeout_seconds={self._timeout_seconds:g}"
+            self._cancel(calls, DeadlineExceeded(f"sync_weights {late}"))
 
-        A trainer would read weights that are trained on by then.
+    def _cancel(
+        self, calls: Sequence[tuple[str, Future[Any]]], error: CheckpointEngineError
+    ) -> None:
+        """Have nobody in this process go on behind the back of a call that ends.
+
+        A trainer would read weights that are trained on by then. Actors end by themselves, and
+        train after that.
         """
         futures = [future for _, future in calls]
-        try:
-            if wait_for(futures[:1], deadline - time.monotonic()).done:
-                return
-        except BaseException as error:
-            self._cancel(futures, UpdateFailed(f"interrupted there by {type(error).__name__}"))
-            raise
-        late = f"sync_weights took longer there than its timeout_seconds={self._timeout_seconds:g}"
-        self._cancel(futures, DeadlineExceeded(late))
-
-    def _cancel(self, futures: Sequence[Future[Any]], error: CheckpointEngineError) -> None:
-        """End what members of this process do; actors end by themselves, and train after that."""
         here = [one for one in (*self._trainers, *self._samplers) if not _is_actor(one)]
         deadline = time.monotonic() + LEAVE_SECONDS
         while here and time.monotonic() < deadline:
@@ -229,14 +228,18 @@ def _is_actor(member: Any) -> bool:
     return hasattr(member.send_weights, "remote")
 
 
-def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
-    """Call a method of an object on a thread, or of a Ray actor where it is."""
+def _begin(
+    calls: list[tuple[str, Future[Any]]], name: str, member: Any, method: str, *arguments: Any
+) -> None:
+    """Call a method of an object on a thread, or of a Ray actor where it is, and note the call.
+
+    Whoever is interrupted here finds it among the calls, or it has not begun.
+    """
     call = getattr(member, method)
     if _is_actor(member):
-        found: Future[Any] = call.remote(*arguments).future()
-        return found
+        calls.append((name, call.remote(*arguments).future()))
+        return
     future: Future[Any] = Future()
-
     enter_stream = same_stream()
 
     def run() -> None:
@@ -246,8 +249,14 @@ def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
         except BaseException as error:
             future.set_exception(error)
 
+    calls.append((name, future))
     threading.Thread(target=run, name="ckpt-sync", daemon=True).start()
-    return future
+
+
+def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
+    calls: list[tuple[str, Future[Any]]] = []
+    _begin(calls, "", member, method, *arguments)
+    return calls[0][1]
 
 
 def _results(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> list[Any]:

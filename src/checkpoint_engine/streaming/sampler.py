@@ -7,6 +7,7 @@ report = side.sync()
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import torch
 
@@ -22,7 +23,7 @@ from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
 from checkpoint_engine.streaming.seats import Seats
-from checkpoint_engine.streaming.threads import blocking
+from checkpoint_engine.streaming.threads import alone, blocking
 from checkpoint_engine.streaming.transaction import sampler_name, take_part, withdraw
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report, decode
@@ -51,6 +52,7 @@ class SamplerSide:
         self._keys = engine.link.rendezvous.fork()
         self._timeout_seconds = engine.link.settings.timeout_seconds
         self._past: list[Rendezvous] = []
+        self._turn = threading.Lock()
 
     def sync(self) -> Report:
         """Take what comes; returns how it went for all samplers.
@@ -59,10 +61,15 @@ class SamplerSide:
             UpdateFailed: it is not served; what was served before is, by every sampler, or the
                 report says otherwise.
         """
-        while True:
+        with alone(self._turn):
             ending = self._one()
-            if not ending.more:
-                return raise_failed(ending)
+            while ending.more:
+                try:
+                    ending = self._one()
+                except UpdateFailed as error:
+                    told = f"the base is served, its adapter is not: {error}"
+                    raise UpdateFailed(told) from error
+        return raise_failed(ending)
 
     def cancel(self, error: CheckpointEngineError) -> None:
         """End a sync that another thread is in, if any, until all of a version is here."""

@@ -164,6 +164,8 @@ class Sending:
     def _meet(self) -> int:
         """Begin the cycle, once every receiver takes part; returns the size of its buckets."""
         with self._meeting:
+            if self._is_over():  # nobody would end the cycle, which has not begun
+                raise TransferError("the cycle was given up")
             return self._begin()
 
     def _begin(self) -> int:

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from checkpoint_engine.device_utils import same_stream
+from checkpoint_engine.errors import UsageError
 
-__all__ = ["Worker", "blocking", "ended_by", "in_thread"]
+__all__ = ["Worker", "alone", "blocking", "ended_by", "in_thread"]
 
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.05
@@ -74,6 +75,19 @@ def ended_by(end: Callable[[], None], *, when: Callable[[], bool]) -> Iterator[N
     finally:
         over.set()
         thread.join(STOP_SECONDS)
+
+
+@contextmanager
+def alone(turn: threading.Lock) -> Iterator[None]:
+    """Nobody else is within; raises UsageError if somebody is."""
+    if not turn.acquire(blocking=False):
+        raise UsageError(
+            "a sync is under way in this process already, perhaps one that was given up"
+        )
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 class Worker:

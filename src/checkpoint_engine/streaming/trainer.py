@@ -11,6 +11,7 @@ that depends on what samplers serve: an adapter's base is sent before it to thos
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,14 +43,13 @@ from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
-from checkpoint_engine.streaming.threads import blocking
+from checkpoint_engine.streaming.threads import alone, blocking
 from checkpoint_engine.streaming.transaction import conduct
 from checkpoint_engine.transport.rendezvous import Log, Rendezvous
 from checkpoint_engine.update.protocol import Report, decode
 
 __all__ = ["FollowingSide", "TrainerSide"]
 
-LEFT = "left"  # the key by which another process says that it makes no step any more
 POLL_SECONDS = 0.2
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -81,7 +81,8 @@ class TrainerSide:
         self._num_syncs = 0
         self._base: _Base | None = None
         self._cancelled: CheckpointEngineError | None = None
-        self._left: Callable[[], bool]
+        self._claim: Callable[[int], bool]
+        self._turn = threading.Lock()
 
     def sync(
         self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
@@ -92,10 +93,17 @@ class TrainerSide:
             UsageError: the model has no such adapter.
             UpdateFailed: no sampler serves it; says which one could not, and why.
         """
+        with alone(self._turn):
+            return self._sync(model, merge_and_sync, adapter_name, label)
+
+    def _sync(
+        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+    ) -> Report:
         self._num_syncs += 1
         self._cancelled = None
         scope = self._scope(f"steps {self._num_syncs}")
-        self._left, steps = partial(scope.has, LEFT), scope.log("steps")
+        self._claim, self._num_steps = partial(_claim, scope), 0
+        steps = scope.log("steps")
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
             ending = self._send(model, kind, adapter, label, steps)
@@ -139,7 +147,12 @@ class TrainerSide:
         of_base = f"{label}-base" if label else ""
         of_it = _Step(kind="base", adapter=adapter)
         ending = self._one(model, of_it, of_base, steps, more=_is_published)
-        return self._one(model, step, label, steps) if ending.more else ending
+        if not ending.more:
+            return ending
+        try:
+            return self._one(model, step, label, steps)
+        except UpdateFailed as error:
+            raise UpdateFailed(f"the base is served, its adapter is not: {error}") from error
 
     def _one(
         self,
@@ -166,9 +179,9 @@ class TrainerSide:
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
 
-    def _look(self) -> list[int]:
+    def _look(self, is_decided: bool) -> list[int]:
         """Which samplers have died; raises why to give up."""
-        if self._cancelled is not None:
+        if self._cancelled is not None and not is_decided:
             raise self._cancelled
         return self._engine.lost()
 
@@ -185,11 +198,13 @@ class TrainerSide:
         """What fails in it, the samplers hear. `seen`: where a base that is sent is noted."""
 
         def tensors() -> Weights:
+            self._look(is_decided=False)
             if step.kind == "base":
                 seen.append(BaseSeen(model))
-            steps.append(msgspec.msgpack.encode(step))
-            if self._left():  # before it heard of this step, which it would else make, too
+            self._num_steps += 1
+            if not self._claim(self._num_steps):
                 raise UpdateFailed("another of the trainer's processes has given up its call")
+            steps.append(msgspec.msgpack.encode(step))
             yield from made(model, step, self._timeout_seconds)
 
         return _Weights(tensors())
@@ -199,7 +214,6 @@ class TrainerSide:
             return await self._engine.send_weights(weights, label=label)
 
         try:
-            self._look()
             sent = blocking(send())
         except Exception as error:
             if weights.has_begun:  # the trainer's other processes go on making them
@@ -270,6 +284,7 @@ class FollowingSide:
         scope = self._keys.scope(f"steps {self._num_syncs}")
         steps = scope.log("steps")
         what_to_send(model, merge_and_sync, adapter_name)
+        self._num_steps = 0
         while (ending := (step := self._next(scope, steps)).ending) is None:
             for _ in made(model, step, self._timeout_seconds):
                 pass
@@ -285,19 +300,23 @@ class FollowingSide:
 
     def _next(self, scope: Rendezvous, steps: Log) -> _Step:
         deadline = time.monotonic() + PATIENCE * self._timeout_seconds
-        leaves: CheckpointEngineError | None = None
-        while leaves is None:
-            if (leaves := self._cancelled) is None and time.monotonic() > deadline:
-                leaves = DeadlineExceeded(
-                    "the trainer's first process does not say what to send: all of its processes "
-                    "call sync_weights() alike"
-                )
-            if leaves is not None:  # either it sees this, or its step is seen here
-                scope.put(LEFT, b"")
+        while time.monotonic() < deadline:
+            if self._cancelled is not None and _claim(scope, self._num_steps + 1):
+                raise self._cancelled
             with contextlib.suppress(DeadlineExceeded), with_sender():
                 step: _Step = decode(steps.next(POLL_SECONDS), _Step)
+                self._num_steps += 1
                 return step
-        raise leaves
+        _claim(scope, self._num_steps + 1)
+        raise DeadlineExceeded(
+            "the trainer's first process does not say what to send: all of its processes call "
+            "sync_weights() alike"
+        )
+
+
+def _claim(scope: Rendezvous, number: int) -> bool:
+    """Whether this process is the first that says whether this step is made, by all, or left."""
+    return scope.add(f"claim {number}", 1) == 1
 
 
 def what_to_send(

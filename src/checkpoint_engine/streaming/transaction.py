@@ -41,6 +41,7 @@ from checkpoint_engine.update.protocol import (
     Report,
     Returned,
     Staged,
+    Stop,
     Withdrawn,
     decode,
 )
@@ -79,7 +80,7 @@ def conduct(
     keys: Rendezvous,
     version: Version,
     num_bytes: int,
-    look: Callable[[], Sequence[int]],
+    look: Callable[[bool], Sequence[int]],
     timeout_seconds: float,
 ) -> Report:
     """Take the version through all samplers.
@@ -88,7 +89,8 @@ def conduct(
         keys: of this version.
         version: which all samplers have received.
         num_bytes: of it.
-        look: called now and then; says which ranks have died, or raises why to give up.
+        look: called now and then, and told whether it is decided; says which ranks have died, or
+            raises why to give up.
         timeout_seconds: until all are ready; a pause is shorter.
     """
     return _Conduct(keys, version, num_bytes, timeout_seconds).run(look)
@@ -112,16 +114,18 @@ class _Conduct:
         self._returned: set[int] = set()
         self._report: Report | None = None
 
-    def run(self, look: Callable[[], Sequence[int]]) -> Report:
+    def run(self, look: Callable[[bool], Sequence[int]]) -> Report:
         try:
             self._act([Staged(rank=0, num_requests=len(self._told))])
             while not self._coordinator.done:
                 self._hear()
-                for rank in look():
+                for rank in look(self._coordinator.is_settled):
                     self._lose(rank, _died(rank))
                 self._decided(self._coordinator.expire(time.monotonic()))
         except CheckpointEngineError as error:
             self._decided(self._coordinator.abandon(RemoteError.of(error, "the trainer")))
+        for rank in self._told.keys() - self._names.keys():  # whoever greets later waits for this
+            self._told[rank].append(msgspec.msgpack.encode(Stop(reason="the sync has ended")))
         assert self._report is not None, "a coordinator ends with a report"
         names = [sampler_name(rank) for rank in self._told]
         ordered = sorted(self._report.replicas, key=lambda replica: names.index(replica.name))

@@ -156,6 +156,11 @@ class Coordinator:
         return self._phase == "done"
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the version is decided, one way or the other."""
+        return self._phase in ("publishing", "stopping", "done")
+
+    @property
     def next_deadline(self) -> float:
         """When `expire` should be called if nothing happens before."""
         if self._phase == "entering" and self._must_settle() and self._now < self._settled_at:

@@ -133,7 +133,7 @@ def _haul(
             timeline,
             timeout_seconds=timeout_seconds,
         )
-    except TransferError:
+    except BaseException:
         collective.abandon()
         for wait in list(landed.values()):  # the memory will be used again
             with contextlib.suppress(TransferError):
