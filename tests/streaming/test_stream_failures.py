@@ -245,7 +245,7 @@ def test_a_cycle_that_is_given_up_before_it_begins_does_not_begin(pair: Pair) ->
     pair[0].link.under_way.add(sending._end)
     pair[0].link.cancel(UsageError("early"))
     with pytest.raises(TransferError, match="given up"):
-        sending._meet()
+        asyncio.run(sending.run(weights(1), ""))
     assert sync(pair, weights(1))[0].label == "sync-1"
 
 
