@@ -277,6 +277,28 @@ def test_nothing_is_written_any_more_once_a_delivery_has_failed(
     assert not any(received[2000:])
 
 
+def test_nothing_is_written_any_more_once_a_delivery_was_interrupted(
+    collective: Collective, start_member: Callable[[], Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is another's by then."""
+
+    def interrupted(buckets: Any, stages: Any, *_: Any, **__: Any) -> None:
+        stages["fill"](buckets[0], 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "run_pipeline", interrupted)
+    member = start_member()
+    meet(collective, member, "update-1")
+    received = memoryview(bytearray(1000))
+    bucket = Bucket(0, 0, 1000, (Chunk(0, 1000, b"other bytes", "w"),))
+    hauls = [staging._Haul(received, root=1)]
+    with pytest.raises(KeyboardInterrupt):
+        staging._haul([bucket], hauls, collective, Timeline("test"), TIMEOUT_SECONDS)
+    member.tell("send 1000")
+    assert member.answer().startswith("TransferError: broadcast from host 1")
+    assert not any(received)
+
+
 def test_who_abandons_wakes_the_others(
     collective: Collective, start_member: Callable[[], Member]
 ) -> None:
