@@ -24,7 +24,9 @@ from sync_models import (
 from sync_models import with_adapter as peft_model
 
 from checkpoint_engine import CheckpointEngineManager, CheckpointEngineMixin, UpdateFailed
+from checkpoint_engine.adapters.attached import AttachedAdapter
 from checkpoint_engine.adapters.callback import CallbackAdapter
+from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.errors import (
     DeadlineExceeded,
     UsageError,
@@ -429,6 +431,31 @@ def test_a_torn_sampler_is_mended_by_the_next_sync(manage: Manage) -> None:
     assert sampler.requests.locked()
     assert manager.sync_weights(label="well").outcome == "published"
     assert not sampler.requests.locked()
+
+
+@pytest.mark.parametrize("merge_and_sync", [True, False])
+def test_a_sampler_that_is_told_to_exit_while_it_writes_is_mended_by_the_next_sync(
+    manage: Manage, monkeypatch: pytest.MonkeyPatch, merge_and_sync: bool
+) -> None:
+    """Its process may catch that, and live on; of what it serves nobody knows how much is new."""
+    trainer, sampler = Trainer(peft_model(llama(1))), Sampler(llama(2))
+    manager = manage(trainer, sampler)
+    manager.sync_weights(merge_and_sync)
+    trainer.step()
+
+    def leave(*_: Any) -> None:
+        raise SystemExit("told to")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersAdapter, "check", leave)
+        patch.setattr(AttachedAdapter, "check", leave)
+        with pytest.raises(SystemExit, match="told to"):
+            manager.sync_weights(merge_and_sync)
+    assert sampler.held.locked()
+    assert (sampler.served_version() is None) == merge_and_sync
+    assert sampler.adapters() == {}
+    assert manager.sync_weights(merge_and_sync, label="well").outcome == "published"
+    assert not sampler.held.locked()
 
 
 def test_requests_that_do_not_end_are_not_let_go(manage: Manage) -> None:

@@ -69,7 +69,13 @@ class Seats:
         writer = self._writer(order, place)
         writer.identity = Identity(replica=name, engine=name)
         published = partial(self._published, order)
-        outcome = transact(_Seat(writer, held, self._refusal(order), published, self._requests))
+        seat = _Seat(writer, held, self._refusal(order), published, self._requests)
+        try:
+            outcome = transact(seat)
+        except BaseException:
+            if seat.is_paused:  # nobody knows how much was written
+                self._torn(order)
+            raise
         if outcome.state == "torn":
             self._torn(order)
         if outcome.state == "published":
@@ -210,6 +216,9 @@ class _Seat:
     """One version, the adapter that writes it, and the requests that wait meanwhile.
 
     The methods are those of `adapters.base.Adapter`.
+
+    Attributes:
+        is_paused: from when requests have stopped until they go on.
     """
 
     epoch = 0
@@ -225,6 +234,7 @@ class _Seat:
         self.identity = writer.identity
         self._writer, self._held, self._refusal = writer, held, refusal
         self._published, self._requests = published, requests
+        self.is_paused = False
 
     @property
     def undecided(self) -> str | None:
@@ -257,6 +267,7 @@ class _Seat:
     def pause(self, timeout_seconds: float) -> None:
         """Stop requests."""
         self._requests.hold(timeout_seconds)
+        self.is_paused = True
         self._writer.pause(timeout_seconds)
 
     def apply(self) -> None:
@@ -279,6 +290,7 @@ class _Seat:
     def resume(self) -> None:
         """Let requests go on."""
         self._writer.resume()
+        self.is_paused = False
         self._requests.release()
 
     def quarantine(self, reason: str) -> None:
