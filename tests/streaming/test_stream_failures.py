@@ -24,6 +24,7 @@ from checkpoint_engine.errors import (
     PeerLost,
     SourceError,
     TransferError,
+    UpdateFailed,
     UsageError,
     VerificationError,
 )
@@ -32,7 +33,7 @@ from checkpoint_engine.streaming import engine as engine_module
 from checkpoint_engine.streaming.messages import Ear
 from checkpoint_engine.streaming.receiving import Receiving
 from checkpoint_engine.streaming.sending import Sending
-from checkpoint_engine.streaming.watch import Lines
+from checkpoint_engine.streaming.watch import Lines, Watch
 from children import wait_until
 
 
@@ -145,6 +146,25 @@ def test_a_trainer_that_is_cancelled_while_the_others_meet_goes_at_once(
     asyncio.run(both())
     sampler.finalize()
     trainer.finalize()
+
+
+def test_a_cycle_that_is_given_up_when_all_was_taken_fails_at_both_ends(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the receivers alone, while the call that sent returns."""
+    wait_done = Watch.wait_done
+
+    def give_up_after(watch: Watch, digest: str, timeout_seconds: float) -> None:
+        wait_done(watch, digest, timeout_seconds)
+        pair[0].cancel(UpdateFailed("the sync was interrupted"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "wait_done", give_up_after)
+        at_sender, at_receiver = failing(pair, weights(1))
+    assert isinstance(at_sender, UpdateFailed)
+    assert "the sync was interrupted" in str(at_sender)
+    assert "the sender gave up: UpdateFailed: the sync was interrupted" in str(at_receiver)
+    assert sync(pair, weights(2))[0].label == "sync-2"
 
 
 def test_a_link_that_broke_between_two_syncs_is_made_anew(pair: Pair) -> None:
