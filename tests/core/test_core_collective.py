@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from collective_member import content
 from core_tools import MIB, TIMEOUT_SECONDS, Background, wait_until
 
@@ -388,3 +389,63 @@ def test_a_group_is_gone_when_what_it_had_begun_has_failed(
         wait_until(lambda: group() is None)
     finally:
         gc.enable()
+
+
+class _Device:
+    """A group as torch has them for devices: what it aborts says that it has ended well."""
+
+    def __init__(self) -> None:
+        self._is_aborted = False
+
+    def broadcast(self, *_: Any) -> _Device:
+        return self
+
+    def is_completed(self) -> bool:
+        return self._is_aborted
+
+    def wait(self) -> None:
+        assert self._is_aborted
+
+    def abort(self) -> None:
+        self._is_aborted = True
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Collective:
+    monkeypatch.setitem(collective_module.BACKENDS, "device", lambda *_: _Device())
+    alone = Rendezvous(LocalKeyStore(), 0, 1)
+    collective = Collective(alone, index=0, size=1, backend="device")
+    collective.connect("first", TIMEOUT_SECONDS)
+    return collective
+
+
+MEMORY = torch.empty(8, dtype=torch.uint8, device="meta")
+
+
+def test_what_a_device_has_aborted_has_not_landed(device: Collective) -> None:
+    landed = device.begin(MEMORY, root=0, timeout_seconds=TIMEOUT_SECONDS)
+    device.abandon()
+    with pytest.raises(TransferError, match="the group was abandoned meanwhile"):
+        landed()
+
+
+def test_what_a_device_aborts_while_it_is_waited_for_has_not_landed(
+    device: Collective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another thread, between its end and the look at the group."""
+    landed = device.begin(MEMORY, root=0, timeout_seconds=TIMEOUT_SECONDS)
+    monkeypatch.setattr(_Device, "wait", lambda _: device.abandon())
+    monkeypatch.setattr(_Device, "is_completed", lambda _: True)
+    with pytest.raises(TransferError, match="the group was abandoned meanwhile"):
+        landed()
+
+
+def test_a_broadcast_of_a_device_is_late_before_torch_says_that_it_has_ended_well(
+    device: Collective,
+) -> None:
+    landed = device.begin(MEMORY, root=0, timeout_seconds=0.1)
+    torchs = threading.Timer(2.0, device.abandon)
+    torchs.start()
+    with pytest.raises(TransferError, match="it did not end in 0 s"):
+        landed()
+    torchs.cancel()

@@ -40,11 +40,13 @@ LOOK = timedelta(milliseconds=50)  # in which who waits sees that the group was 
 MAKE_POLL_SECONDS = 0.05
 MAKE_GRACE_SECONDS = 5.0  # in which gloo says itself what it waits for
 AT_ONCE = timedelta(milliseconds=1)
-GRACE_SECONDS = 5.0  # in which torch says itself that a broadcast takes too long
+GRACE_SECONDS = 5.0  # in which gloo says itself that a broadcast takes too long
+DEVICE_GRACE = timedelta(seconds=10)  # in which we do: torch would say that it has ended well
 LONGEST_CONNECT = timedelta(seconds=30)
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # whose monitor ends the process, too
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # after which a group cannot be let go of for 8 minutes
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else a minute in which a group cannot be closed
 }
 
@@ -171,9 +173,10 @@ class Collective:
             with self._abandoning:
                 self._end(group, [begun])  # which has not heard of it
         ended = partial(begun.ends, LOOK) if memory.is_cpu else partial(_ends_queued, begun)
+        longest_seconds = timeout_seconds + (GRACE_SECONDS if memory.is_cpu else 0.0)
 
         def landed() -> None:
-            deadline = time.monotonic() + timeout_seconds + GRACE_SECONDS
+            deadline = time.monotonic() + longest_seconds
             with _failing(root):
                 while not ended():
                     if self._group is not group:
@@ -182,6 +185,8 @@ class Collective:
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"it did not end in {timeout_seconds:.0f} s")
                 begun.wait()
+                if self._group is not group:  # what a device aborts ends as if it had gone well
+                    raise RuntimeError("the group was abandoned meanwhile")
 
         return landed
 
@@ -273,7 +278,7 @@ def _meet_connected(store: GroupStore, size: int) -> None:
 def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
     kind = import_module("torch.distributed").ProcessGroupNCCL
     options = kind.Options()
-    options._timeout = timeout
+    options._timeout = timeout + DEVICE_GRACE  # which is that of broadcasts
     with _environment(NCCL_ENVIRONMENT):
         return kind(store, index, size, options)
 
@@ -281,7 +286,7 @@ def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address:
 def _hccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
     kind = import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
     options = kind.Options()
-    options._timeout = timeout
+    options._timeout = timeout + DEVICE_GRACE  # which is that of broadcasts
     return kind(store, index, size, options)
 
 
