@@ -148,6 +148,33 @@ def test_a_trainer_that_is_cancelled_while_the_others_meet_goes_at_once(
     trainer.finalize()
 
 
+def test_a_receiver_that_leaves_while_a_way_is_made_is_noticed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's first broadcast waits for all others, and nothing ends that."""
+    making, released = threading.Event(), threading.Event()
+
+    def make(*_: Any) -> None:
+        making.set()
+        released.wait(60)
+        raise TransferError("it was never made")
+
+    def leave() -> None:
+        making.wait(60)
+        pair[1].cancel(UpdateFailed("its process is told to end"))
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(pair[0].link.carrier, "send", make)
+        at_sender, _ = failing(pair, weights(1))
+    assert "rank 1 gave up: UpdateFailed: its process is told to end" in str(at_sender)
+    assert not released.is_set()
+    released.set()
+    leaving.join()
+    assert sync(pair, weights(2))[0].label == "sync-2"
+
+
 def test_a_cycle_that_is_given_up_when_all_was_taken_fails_at_both_ends(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,10 +96,11 @@ class _CudaMemory(RingCarrier):
         for way in [way for way in list(self._rings)[:-1] if way not in kept]:
             del self._rings[way]
         if not self._rings or self.slot_bytes < bucket_bytes or rebuild:
-            self.slot_bytes = align(bucket_bytes)
-            ring, handle = cuda.share(NUM_SLOTS * self.slot_bytes, self._device)
+            slot_bytes = align(bucket_bytes)
+            ring, handle = cuda.share(NUM_SLOTS * slot_bytes, self._device)  # if there is room
+            self.slot_bytes = slot_bytes
             uuid = device_uuid("cuda", self._device.index)
-            of_it = _Way(uuid, handle, self.slot_bytes, secrets.token_hex(8))
+            of_it = _Way(uuid, handle, slot_bytes, secrets.token_hex(8))
             self._rings[msgspec.json.encode(of_it).decode()] = ring
         return list(self._rings)[-1]
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import NamedTuple
 
@@ -279,12 +279,23 @@ class Sending:
 
     def _land(self, begun: Future[_Moving]) -> None:
         with self._stages["move"]:
-            moving = begun.result()
+            moving = self._begun(begun)
             moving.landed()
         self._sent_bytes += moving.num_bytes
         start, self._landed_at = max(moving.begun_at, self._landed_at), time.monotonic()
         if self._compressor:
             self._compressor.moved(moving.num_bytes, self._landed_at - start)
+
+    def _begun(self, begun: Future[_Moving]) -> _Moving:
+        """A device's first broadcast meets the others', and knows no deadline."""
+        assert self._watch is not None, "a cycle begins with the meeting"
+        deadline = time.monotonic() + 2 * self._settings.timeout_seconds  # one is for their room
+        while not wait([begun], POLL_SECONDS).done:
+            if self._watch.has_failed or self._is_over():
+                raise TransferError("the cycle was given up")
+            if time.monotonic() > deadline:
+                raise TransferError("a bucket's way to the receivers did not begin")
+        return begun.result()
 
     def _finish(self, label: str, digest: str) -> None:
         assert self._voice is not None, "a cycle begins with the meeting"
