@@ -12,8 +12,9 @@ its keys are gone, and who has not heard that the version is to be published ret
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from checkpoint_engine.errors import (
     DeadlineExceeded,
     PeerLost,
     RemoteError,
+    UsageError,
 )
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming.messages import with_sender
@@ -124,12 +126,21 @@ class _Conduct:
                 self._decided(self._coordinator.expire(time.monotonic()))
         except CheckpointEngineError as error:
             self._decided(self._coordinator.abandon(RemoteError.of(error, "the trainer")))
-        for rank in self._told.keys() - self._names.keys():  # whoever greets later waits for this
-            self._told[rank].append(msgspec.msgpack.encode(Stop(reason="the sync has ended")))
+        except BaseException as error:
+            if not self._coordinator.is_settled:
+                with contextlib.suppress(PeerLost, DeadlineExceeded):
+                    self._stop(self._told.keys(), f"the trainer failed: {error}")
+            raise
+        self._stop(self._told.keys() - self._names.keys(), "the sync has ended")
         assert self._report is not None, "a coordinator ends with a report"
         names = [sampler_name(rank) for rank in self._told]
         ordered = sorted(self._report.replicas, key=lambda replica: names.index(replica.name))
         return msgspec.structs.replace(self._report, replicas=tuple(ordered))
+
+    def _stop(self, ranks: Iterable[int], reason: str) -> None:
+        """Whoever greets later hears it too."""
+        for rank in ranks:
+            self._told[rank].append(msgspec.msgpack.encode(Stop(reason=reason)))
 
     def _hear(self) -> None:
         try:
@@ -142,6 +153,10 @@ class _Conduct:
             self._lose(said.rank, said.error or _died(said.rank))
             return
         if isinstance(said.message, Hello):
+            if said.rank in self._names:
+                raise UsageError(
+                    f"two samplers are rank {said.rank}: each has one of its own, from 1 on"
+                )
             self._names[said.rank], actions = self._relay.joined(said.message)
         else:
             actions = self._relay.voted(self._names[said.rank], said.message)
@@ -188,7 +203,6 @@ def take_part(keys: Rendezvous, adapter: Adapter) -> Outcome:
         PeerLost, DeadlineExceeded: the trainer went away before it offered anything.
     """
     said, told = keys.log("said"), keys.log(f"told/{keys.rank}")
-    adapter.epoch = 0
 
     def perform(step: Send | Receive) -> FromRank | None:
         with with_sender():
