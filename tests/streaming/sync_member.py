@@ -46,6 +46,10 @@ class Member:
         fully_shard(model, mesh=mesh)
         self._side = Trainer(model)
 
+    def train_alone(self) -> None:
+        """A model that is whole here, whoever else is in torch's group."""
+        self._side = Trainer(llama(1))
+
     def sample(self, seed: int, kind: str = "plain", engine: str = "gloo") -> None:
         self._side = Sampler(llama(seed, **SIZES[kind]))
         self._side.checkpoint_engine_name = engine

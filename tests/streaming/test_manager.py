@@ -37,7 +37,6 @@ from checkpoint_engine.sources.lora_adapter import LoraSource
 from checkpoint_engine.store import digest_in_place
 from checkpoint_engine.streaming import SharedMemoryCheckpointEngine, sampled, seats
 from checkpoint_engine.streaming import sampler as sampler_side
-from checkpoint_engine.streaming import trainer as trainer_side
 from checkpoint_engine.update.protocol import Report
 
 # peft 0.21 asks transformers 5 by a name that it is to lose
@@ -472,8 +471,9 @@ def test_what_a_sampler_failed_for_is_told(manage: Manage) -> None:
             raise RuntimeError("no memory for it")
 
     trainer = Trainer(llama(1))
-    trainer.checkpoint_engine_settings = {**SETTINGS, "timeout": 2}
-    with pytest.raises(UpdateFailed, match=r"sampler 0: RuntimeError: no memory.* did not come"):
+    trainer.checkpoint_engine_settings = {**SETTINGS, "timeout": 1000}  # longer than a test
+    told = r"sampler 0: RuntimeError: no memory for it; so trainer 0: .*; rank 1 had not come"
+    with pytest.raises(UpdateFailed, match=told):
         manage(trainer, Failing(llama(2))).sync_weights()
 
 
@@ -516,29 +516,3 @@ def test_a_sampler_that_does_not_hold_what_arrived_changes_nothing(
             manager.sync_weights(label="step-1")
     assert "aborted: sampler 0: VerificationError: memory has changed it" in str(sampler.failure)
     assert as_text(sampler.model.state_dict()) == served
-
-
-def test_other_processes_of_a_trainer_hear_of_any_error(
-    manage: Manage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainers = [Trainer(llama(1)), Trainer(llama(1))]
-    heard: list[str] = []
-
-    def fail(model: torch.nn.Module, *_: Any) -> Any:
-        if model is trainers[0].model:
-            raise RuntimeError("no memory for it")
-        return iter(())
-
-    class Follower(Trainer):
-        def send_weights(self, *arguments: Any) -> Report:
-            try:
-                return super().send_weights(*arguments)
-            except UpdateFailed as error:
-                heard.append(str(error))
-                raise
-
-    trainers[1] = Follower(trainers[1].model)
-    monkeypatch.setattr(trainer_side, "made", fail)
-    with pytest.raises(RuntimeError, match="no memory for it"):
-        manage(trainers, Sampler(llama(2))).sync_weights()
-    assert heard == ["no memory for it"]

@@ -20,6 +20,7 @@ from checkpoint_engine.manifest import Version
 from checkpoint_engine.streaming import manager as manager_module
 from checkpoint_engine.streaming import sampler as sampler_side
 from checkpoint_engine.streaming import trainer as trainer_side
+from checkpoint_engine.update.relay import Relay
 from children import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -198,6 +199,34 @@ def test_what_a_base_is_served_without_is_told(
     assert manager.sync_weights(merge_and_sync=False).outcome == "published"
     assert torch.equal(logits(sampler.model), logits(trainer.model))
     manager.close()
+
+
+def test_a_sampler_does_not_wait_for_a_decision_that_fails(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory for it")
+
+    before = as_text(sides.sampler.model.state_dict())
+    receiving = sides.begin(sides.of_sampler)
+    with monkeypatch.context() as patch:
+        patch.setattr(Relay, "joined", fail)
+        with pytest.raises(RuntimeError, match="no memory for it"):
+            sides.of_trainer.sync_weights()
+        with pytest.raises(UpdateFailed, match="no memory for it"):
+            receiving.result(60)
+    assert as_text(sides.sampler.model.state_dict()) == before
+    sides.check_next()
+
+
+def test_who_does_not_leave_is_told(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("it is held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sides.sampler, "finalize_checkpoint_engine", fail)
+        with pytest.raises(RuntimeError, match="it is held"):
+            sides.of_sampler.close()
 
 
 def test_a_second_call_does_not_come_between(sides: Sides) -> None:

@@ -124,6 +124,19 @@ def test_a_sharded_trainers_adapters(fleet: Fleet) -> None:
     assert call_all(fleet.samplers, "answer") == [answers[0]] * 3
 
 
+def test_a_trainer_may_have_any_rank_in_torch(fleet: Fleet) -> None:
+    """As where one launcher starts its samplers too."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sampler, trainer = fleet.trainers
+    sampler.call("sample", seed=2)
+    trainer.call("train_alone")
+    call_all([trainer, sampler], "manage", rank=[0, 1], world_size=2, **where)
+    assert trainer.call("weights") != sampler.call("weights")
+    reports = call_all([trainer, sampler], "sync", label="step-1")
+    assert [report["outcome"] for report in reports] == ["published"] * 2
+    assert trainer.call("weights") == sampler.call("weights")
+
+
 def test_a_sampler_that_dies_while_it_writes_leaves_the_others_on_one_version(fleet: Fleet) -> None:
     fleet.begin("plain")
     fleet.sync("step-1")

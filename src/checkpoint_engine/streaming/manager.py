@@ -12,13 +12,14 @@ leaves nobody between two versions.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -36,6 +37,7 @@ from checkpoint_engine.update.protocol import Report
 __all__ = ["CheckpointEngineManager"]
 
 CANCEL_SECONDS = 0.2
+HEAR_SECONDS = 2.0  # for the trainer to find out by itself that another has failed
 LEAVE_SECONDS = 30.0  # for others to hear what was decided, or to leave
 
 
@@ -58,6 +60,9 @@ class CheckpointEngineManager:
         timeout_seconds: the longest that one call may take. A sync that takes longer is given up,
             as it is if the call is interrupted, unless it is decided.
 
+    Attributes:
+        num_syncs: that this has begun, if it drives both sides.
+
     Raises:
         UsageError: these cannot be the sides of a sync.
     """
@@ -72,11 +77,13 @@ class CheckpointEngineManager:
         master_metadata: Mapping[str, Any] | None = None,
         timeout_seconds: float = 3600.0,
     ) -> None:
-        self._trainers, self._samplers = _members(model), _members(sampler)
+        self._trainers = _members("trainer", model)
+        self._samplers = _members("sampler", sampler)
         self._timeout_seconds = timeout_seconds
         self._metadata = master_metadata
         self._drives = bool(self._trainers and self._samplers)
         self._has_met = False
+        self.num_syncs = 0
         if self._drives:
             if (rank, world_size, master_metadata) != (None, None, None):
                 raise UsageError("rank, world_size and master_metadata are of one side alone")
@@ -98,7 +105,7 @@ class CheckpointEngineManager:
         """Where the trainer's first process is, for the others' `master_metadata`; its own only."""
         if self._drives or self._rank != 0:
             raise UsageError("the trainer's first process knows where it is: ask its manager")
-        found: dict[str, Any] = self._trainers[0].prepare_checkpoint_engine(True)
+        found: dict[str, Any] = self._trainers[0].itself.prepare_checkpoint_engine(True)
         return found
 
     def sync_weights(
@@ -120,15 +127,17 @@ class CheckpointEngineManager:
                 what they served before; `report` says what each does, if it came so far.
             DeadlineExceeded, PeerLost: a trainer's process, or a sampler, cannot be reached.
         """
+        counted = self if self._drives else self._own  # which outlives managers
+        counted.num_syncs += 1
         deadline = time.monotonic() + self._timeout_seconds
         self._meet(deadline)
-        calls: list[tuple[str, Future[Any]]] = []
+        calls: list[_Call] = []
         try:
-            for index, one in enumerate(self._trainers):
-                arguments = (merge_and_sync, adapter_name, label)
-                _begin(calls, f"trainer {index}", one, "send_weights", *arguments)
-            for index, one in enumerate(self._samplers):
-                _begin(calls, f"sampler {index}", one, "receive_weights")
+            arguments = (merge_and_sync, adapter_name, label, counted.num_syncs)
+            for trainer in self._trainers:
+                _begin(calls, trainer, "send_weights", *arguments)
+            for sampler in self._samplers:
+                _begin(calls, sampler, "receive_weights")
             self._wait(calls, deadline)
         except BaseException as error:
             self._cancel(calls, UpdateFailed(f"interrupted there by {type(error).__name__}"))
@@ -137,29 +146,55 @@ class CheckpointEngineManager:
         return report
 
     def close(self) -> None:
-        """Leave; samplers go on serving."""
+        """Leave; samplers go on serving. Who is gone has left.
+
+        Raises:
+            DeadlineExceeded: one does not leave; says which.
+        """
         deadline = time.monotonic() + LEAVE_SECONDS
+        for call in self._left(deadline):
+            with contextlib.suppress(PeerLost):
+                _result(call, deadline)
+
+    @property
+    def _own(self) -> Any:
+        """Of one side alone, this process's."""
+        (own,) = [*self._trainers, *self._samplers]
+        return own.itself
+
+    def _left(self, deadline: float) -> list[_Call]:
         members = [*self._samplers, *self._trainers]
-        futures = [_start(member, "finalize_checkpoint_engine") for member in members]
-        wait_for(futures, deadline - time.monotonic())
+        calls = [_start(member, "finalize_checkpoint_engine") for member in members]
+        wait_for([call.future for call in calls], deadline - time.monotonic())
         self._has_met = False
+        return calls
 
-    def _wait(self, calls: Sequence[tuple[str, Future[Any]]], deadline: float) -> None:
-        """Wait for the first, which decides."""
-        if not wait_for([calls[0][1]], deadline - time.monotonic()).done:
-            late = f"took longer there than its timeout_seconds={self._timeout_seconds:g}"
-            self._cancel(calls, DeadlineExceeded(f"sync_weights {late}"))
+    def _wait(self, calls: Sequence[_Call], deadline: float) -> None:
+        """Wait for the first, which decides, and for the others to hear of it."""
+        first, futures = calls[0].future, [call.future for call in calls]
+        waiting = set(futures)
+        while waiting and not first.done():
+            done, waiting = wait_for(waiting, deadline - time.monotonic(), FIRST_COMPLETED)
+            if not done:
+                late = f"took longer there than its timeout_seconds={self._timeout_seconds:g}"
+                self._cancel(calls, DeadlineExceeded(f"sync_weights {late}"))
+                return
+            if any(_foreign_causes([call for call in calls if call.future in done])):
+                if wait_for([first], HEAR_SECONDS).done:
+                    break
+                self._cancel(calls, UpdateFailed("another process failed beside the sync"))
+                return
+        wait_for(futures, LEAVE_SECONDS)
 
-    def _cancel(
-        self, calls: Sequence[tuple[str, Future[Any]]], error: CheckpointEngineError
-    ) -> None:
+    def _cancel(self, calls: Sequence[_Call], error: CheckpointEngineError) -> None:
         """Have nobody in this process go on behind the back of a call that ends.
 
         A trainer would read weights that are trained on by then. Actors end by themselves, and
         train after that.
         """
-        futures = [future for _, future in calls]
-        here = [one for one in (*self._trainers, *self._samplers) if not _is_actor(one)]
+        futures = [call.future for call in calls]
+        members = [*self._trainers, *self._samplers]
+        here = [member.itself for member in members if not member.is_actor]
         deadline = time.monotonic() + LEAVE_SECONDS
         while here and time.monotonic() < deadline:
             for member in here:  # again, since it may not have begun when it was told first
@@ -170,17 +205,16 @@ class CheckpointEngineManager:
     def _meet(self, deadline: float) -> None:
         """Again each time, since a sampler may have been started anew; who has met does nothing."""
         if not self._drives:
-            (own,) = [*self._trainers, *self._samplers]
-            own.prepare_checkpoint_engine(self._rank == 0)
-            own.init_checkpoint_process_group(
+            self._own.prepare_checkpoint_engine(self._rank == 0)
+            self._own.init_checkpoint_process_group(
                 self._rank, self._world_size, self._metadata, deadline - time.monotonic()
             )
             return
         if not self._has_met:
-            self.close()  # who has met others before
+            self._left(time.monotonic() + LEAVE_SECONDS)  # who has met others before
         members = [*self._trainers, *self._samplers]
         prepared = [
-            (_name(self, member), _start(member, "prepare_checkpoint_engine", index == 0))
+            _start(member, "prepare_checkpoint_engine", index == 0)
             for index, member in enumerate(members)
         ]
         metadata = [found or {} for found in _results(prepared, deadline)]
@@ -191,14 +225,37 @@ class CheckpointEngineManager:
             for index in range(len(side["rank"]))
         ]
         joined = [
-            (_name(self, member), _start(member, "init_checkpoint_process_group", *arguments))
+            _start(member, "init_checkpoint_process_group", *arguments)
             for member, arguments in zip(members, each, strict=True)
         ]
         _results(joined, deadline)
         self._has_met = True
 
 
-def _members(side: Any) -> list[Any]:
+class _Member(NamedTuple):
+    """One that takes part: an object, or a Ray actor.
+
+    Attributes:
+        name: in what is said of it.
+        itself: with `CheckpointEngineMixin`.
+    """
+
+    name: str
+    itself: Any
+
+    @property
+    def is_actor(self) -> bool:
+        return hasattr(self.itself.send_weights, "remote")
+
+
+class _Call(NamedTuple):
+    """Of a method of the member of that name."""
+
+    name: str
+    future: Future[Any]
+
+
+def _members(what: str, side: Any) -> list[_Member]:
     if side is None:
         return []
     found = getattr(side, "_actors", side)
@@ -209,35 +266,21 @@ def _members(side: Any) -> list[Any]:
                 f"{member!r:.200} takes no part in a sync: derive its class from "
                 "CheckpointEngineMixin, of Ray's actors too"
             )
-    return members
-
-
-def _name(manager: CheckpointEngineManager, member: Any) -> str:
-    for what, members in (("trainer", manager._trainers), ("sampler", manager._samplers)):
-        for index, one in enumerate(members):
-            if one is member:
-                return f"{what} {index}"
-    raise AssertionError("a member of one side")
+    return [_Member(f"{what} {index}", one) for index, one in enumerate(members)]
 
 
 def _trainer_rank() -> int:
     return -1 if dist.is_available() and dist.is_initialized() and dist.get_rank() else 0
 
 
-def _is_actor(member: Any) -> bool:
-    return hasattr(member.send_weights, "remote")
-
-
-def _begin(
-    calls: list[tuple[str, Future[Any]]], name: str, member: Any, method: str, *arguments: Any
-) -> None:
+def _begin(calls: list[_Call], member: _Member, method: str, *arguments: Any) -> None:
     """Call a method of an object on a thread, or of a Ray actor where it is, and note the call.
 
     Whoever is interrupted here finds it among the calls, or it has not begun.
     """
-    call = getattr(member, method)
-    if _is_actor(member):
-        calls.append((name, call.remote(*arguments).future()))
+    call = getattr(member.itself, method)
+    if member.is_actor:
+        calls.append(_Call(member.name, call.remote(*arguments).future()))
         return
     future: Future[Any] = Future()
     enter_stream = same_stream()
@@ -249,61 +292,56 @@ def _begin(
         except BaseException as error:
             future.set_exception(error)
 
-    calls.append((name, future))
+    calls.append(_Call(member.name, future))
     threading.Thread(target=run, name="ckpt-sync", daemon=True).start()
 
 
-def _start(member: Any, method: str, *arguments: Any) -> Future[Any]:
-    calls: list[tuple[str, Future[Any]]] = []
-    _begin(calls, "", member, method, *arguments)
-    return calls[0][1]
+def _start(member: _Member, method: str, *arguments: Any) -> _Call:
+    calls: list[_Call] = []
+    _begin(calls, member, method, *arguments)
+    return calls[0]
 
 
-def _results(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> list[Any]:
+def _results(calls: Sequence[_Call], deadline: float) -> list[Any]:
     """What all of them give; raises what the first one did that failed."""
-    return [_result(name, future, deadline) for name, future in started]
+    return [_result(call, deadline) for call in calls]
 
 
-def _first_result(started: Sequence[tuple[str, Future[Any]]], deadline: float) -> Any:
-    """What the first of them gives, which decides, once the others have heard of it."""
-    (name, first), *others = started
+def _first_result(calls: Sequence[_Call], deadline: float) -> Any:
+    """What the first of them gives, which decides; the others have ended, or hang."""
+    first, *others = calls
     try:
-        return _result(name, first, deadline)
+        return _result(first, deadline)
     except CheckpointEngineError as error:
-        wait_for([future for _, future in others], LEAVE_SECONDS)
-        for other, cause in _foreign_causes(others, deadline):  # who failed by itself knows more
-            said = f"{other}: {type(cause).__name__}: {cause}; so {name}: {error}"
+        for name, cause in _foreign_causes(others):  # who failed by itself knows more
+            said = f"{name}: {type(cause).__name__}: {cause}; so {first.name}: {error}"
             raise UpdateFailed(said) from cause
         raise
-    finally:
-        wait_for([future for _, future in others], LEAVE_SECONDS)
 
 
-def _foreign_causes(
-    started: Sequence[tuple[str, Future[Any]]], deadline: float
-) -> Iterator[tuple[str, Exception]]:
-    """What failed for a reason that is none of this package's."""
-    for name, future in started:
+def _foreign_causes(calls: Sequence[_Call]) -> Iterator[tuple[str, Exception]]:
+    """What failed, of those that have ended, for a reason that is none of this package's."""
+    for call in calls:
         try:
-            if future.done():
-                _result(name, future, deadline)
+            if call.future.done():
+                _result(call, time.monotonic())
         except CheckpointEngineError:
             pass
         except Exception as cause:
-            yield name, cause
+            yield call.name, cause
 
 
-def _result(name: str, future: Future[Any], deadline: float) -> Any:
+def _result(call: _Call, deadline: float) -> Any:
     try:
-        return future.result(deadline - time.monotonic())
+        return call.future.result(deadline - time.monotonic())
     except (FutureTimeoutError, TimeoutError) as error:
-        if future.done():
+        if call.future.done():
             raise
-        raise DeadlineExceeded(f"{name} does not answer: is it up, and not held?") from error
+        raise DeadlineExceeded(f"{call.name} does not answer: is it up, and not held?") from error
     except Exception as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, CheckpointEngineError):  # Ray's account of it stands before its text
             raise cause from error
         if type(error).__name__ in ("ActorDiedError", "RayActorError", "ActorUnavailableError"):
-            raise PeerLost(f"{name} is gone: {error}") from error
+            raise PeerLost(f"{call.name} is gone: {error}") from error
         raise

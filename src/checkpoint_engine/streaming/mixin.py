@@ -50,6 +50,7 @@ class CheckpointEngineMixin:
     checkpoint_engine_name: ClassVar[str | None] = None
     checkpoint_engine_settings: ClassVar[Mapping[str, Any]] = {}
 
+    num_syncs: int = 0  # that managers of this side alone have begun, one after the other
     _checkpoint_engine: StreamingEngine | None = None
     _checkpoint_side: TrainerSide | FollowingSide | SamplerSide | None = None
     _checkpoint_seats: Seats | None = None
@@ -132,13 +133,16 @@ class CheckpointEngineMixin:
         self._checkpoint_place = place
 
     def send_weights(
-        self, merge_and_sync: bool = True, adapter_name: str | None = None, label: str = ""
+        self, merge_and_sync: bool, adapter_name: str | None, label: str, number: int
     ) -> Report:
-        """A trainer's part in a sync: see `CheckpointEngineManager.sync_weights`."""
+        """A trainer's part in a sync: see `CheckpointEngineManager.sync_weights`.
+
+        `number` is the call's, the same in every process of the trainer.
+        """
         side = self._checkpoint_side
         if not isinstance(side, (TrainerSide, FollowingSide)):
             raise UsageError("init_checkpoint_process_group comes first, with rank 0 or -1")
-        return side.sync(self.model, merge_and_sync, adapter_name, label)
+        return side.sync(self.model, merge_and_sync, adapter_name, label, number)
 
     def receive_weights(self) -> Report:
         """A sampler's part in a sync: see `CheckpointEngineManager.sync_weights`."""

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from checkpoint_engine.device_utils import same_stream
 from checkpoint_engine.errors import UsageError
 
-__all__ = ["Worker", "alone", "blocking", "ended_by", "in_thread"]
+__all__ = ["UnderWay", "Worker", "alone", "blocking", "ended_by", "in_thread"]
 
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.05
@@ -77,13 +77,15 @@ def ended_by(end: Callable[[], None], *, when: Callable[[], bool]) -> Iterator[N
         thread.join(STOP_SECONDS)
 
 
+class UnderWay(UsageError):
+    """A call came while another one was made."""
+
+
 @contextmanager
 def alone(turn: threading.Lock) -> Iterator[None]:
-    """Nobody else is within; raises UsageError if somebody is."""
+    """Nobody else is within; raises UnderWay if somebody is."""
     if not turn.acquire(blocking=False):
-        raise UsageError(
-            "a sync is under way in this process already, perhaps one that was given up"
-        )
+        raise UnderWay("a sync is under way in this process already, perhaps one that was given up")
     try:
         yield
     finally:

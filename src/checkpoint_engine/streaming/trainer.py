@@ -4,8 +4,9 @@ All processes of a trainer make the weights together, as far as the model is sha
 first sends them and conducts the transaction. The others read from its keys what to make, since
 that depends on what samplers serve: an adapter's base is sent before it to those who lack it.
 
-    side = TrainerSide(engine, meeting)
-    report = side.sync(model, merge_and_sync=False, adapter_name="default", label="step-120")
+    side = TrainerSide(engine)
+    report = side.sync(model, merge_and_sync=False, adapter_name="default", label="step-120",
+                       number=1)
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -38,14 +38,14 @@ from checkpoint_engine.sources.lora import (
     merged_weights,
 )
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
-from checkpoint_engine.sources.training import inner_model, named_weights
+from checkpoint_engine.sources.training import inner_model, named_weights, own_rank
 from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
-from checkpoint_engine.streaming.threads import alone, blocking
+from checkpoint_engine.streaming.threads import UnderWay, alone, blocking
 from checkpoint_engine.streaming.transaction import conduct
-from checkpoint_engine.transport.rendezvous import Log, Rendezvous
+from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report, decode
 
 __all__ = ["FollowingSide", "TrainerSide"]
@@ -56,11 +56,55 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first process tells the others: what to make next, or how it ended."""
+    """What the first process tells the others: what to make next, or how it ended.
+
+    Attributes:
+        kind: of an `Order`.
+        adapter: its name, as there.
+        to: the rank in `torch.distributed` that gets the tensors, which is the first process's.
+        ending: of the call; then there is nothing to make.
+    """
 
     kind: str = ""
     adapter: str = ""
+    to: int = 0
     ending: Ending | None = None
+
+
+class _Steps:
+    """What is made in one call, by all processes of a trainer in step.
+
+    Whoever claims the next one first says whether it is made by all, or left by all.
+
+    Args:
+        keys: which the first process keeps.
+        number: of the call, the same in every process.
+    """
+
+    def __init__(self, keys: Rendezvous, number: int) -> None:
+        self.keys = keys.scope(f"steps {number}")
+        self._log, self._num_past = self.keys.log("steps"), 0
+
+    def claim(self) -> bool:
+        """Whether this process is the first to say so of the next one."""
+        return self.keys.add(f"claim {self._num_past + 1}", 1) == 1
+
+    def tell(self, step: _Step) -> None:
+        """Say what is made; an ending needs no claim."""
+        self._log.append(msgspec.msgpack.encode(step))
+        self._num_past += 1
+
+    def fail(self, error: BaseException) -> None:
+        """Say that there is nothing to make, if anybody is left to be told."""
+        with contextlib.suppress(PeerLost, DeadlineExceeded):
+            self.tell(_Step(ending=Ending(error=RemoteError.of(error))))
+
+    def next(self, timeout_seconds: float) -> _Step:
+        """Hear what is made; raises DeadlineExceeded if nothing was said in time."""
+        with with_sender():
+            step: _Step = decode(self._log.next(timeout_seconds), _Step)
+        self._num_past += 1
+        return step
 
 
 class _Base(NamedTuple):
@@ -78,41 +122,57 @@ class TrainerSide:
         self._keys = engine.link.rendezvous.fork()
         self._timeout_seconds = engine.link.settings.timeout_seconds
         self._past: list[Rendezvous] = []
-        self._num_syncs = 0
         self._base: _Base | None = None
         self._cancelled: CheckpointEngineError | None = None
-        self._claim: Callable[[int], bool]
         self._turn = threading.Lock()
 
     def sync(
-        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+        self,
+        model: torch.nn.Module,
+        merge_and_sync: bool,
+        adapter_name: str | None,
+        label: str,
+        number: int,
     ) -> Report:
         """Send what there is to be sent; returns when all samplers serve it.
+
+        Args:
+            model: the trainer's.
+            merge_and_sync: as `CheckpointEngineManager.sync_weights`.
+            adapter_name: as there.
+            label: as there.
+            number: of the call, the same in every process of the trainer.
 
         Raises:
             UsageError: the model has no such adapter.
             UpdateFailed: no sampler serves it; says which one could not, and why.
         """
-        with alone(self._turn):
-            return self._sync(model, merge_and_sync, adapter_name, label)
+        try:
+            with alone(self._turn):
+                return self._sync(model, merge_and_sync, adapter_name, label, number)
+        except UnderWay as error:
+            with _beside(self._keys, number) as steps:
+                steps.fail(error)
+            raise
 
     def _sync(
-        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+        self,
+        model: torch.nn.Module,
+        merge_and_sync: bool,
+        adapter_name: str | None,
+        label: str,
+        number: int,
     ) -> Report:
-        self._num_syncs += 1
         self._cancelled = None
-        scope = self._scope(f"steps {self._num_syncs}")
-        self._claim, self._num_steps = partial(_claim, scope), 0
-        steps = scope.log("steps")
+        steps = _Steps(self._keys, number)
+        self._remember(steps.keys)
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
             ending = self._send(model, kind, adapter, label, steps)
         except BaseException as error:  # the others must not wait, whatever it is
-            said = _Step(ending=Ending(error=RemoteError.of(error)))
-            with contextlib.suppress(PeerLost, DeadlineExceeded):
-                steps.append(msgspec.msgpack.encode(said))
+            steps.fail(error)
             raise
-        steps.append(msgspec.msgpack.encode(_Step(ending=ending)))
+        steps.tell(_Step(ending=ending))
         return raise_failed(ending)
 
     def cancel(self, error: CheckpointEngineError) -> None:
@@ -135,9 +195,9 @@ class TrainerSide:
             raise
 
     def _send(
-        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Log
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: _Steps
     ) -> Ending:
-        step = _Step(kind=kind, adapter=adapter)
+        step = _Step(kind=kind, adapter=adapter, to=own_rank())
         if kind != "adapter":
             return self._one(model, step, label, steps)
         if self._has_base_of(model):
@@ -145,7 +205,7 @@ class TrainerSide:
             if not ending.more:
                 return ending
         of_base = f"{label}-base" if label else ""
-        of_it = _Step(kind="base", adapter=adapter)
+        of_it = msgspec.structs.replace(step, kind="base")
         ending = self._one(model, of_it, of_base, steps, more=_is_published)
         if not ending.more:
             return ending
@@ -159,7 +219,7 @@ class TrainerSide:
         model: torch.nn.Module,
         step: _Step,
         label: str,
-        steps: Log,
+        steps: _Steps,
         *,
         more: Callable[[Report], bool] = lambda report: False,
     ) -> Ending:
@@ -169,9 +229,16 @@ class TrainerSide:
         parent = self._base.digest if step.kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
         order = Order(kind=step.kind, version=version, adapter=step.adapter)
-        keys = self._scope(f"sync {self._engine.link.number}")
+        keys = self._keys.scope(f"sync {self._engine.link.number}")
+        self._remember(keys)
         keys.put("order", msgspec.msgpack.encode(order))
-        report = conduct(keys, version, sent.num_bytes, self._look, self._timeout_seconds)
+        try:
+            report = conduct(keys, version, sent.num_bytes, self._look, self._timeout_seconds)
+        except BaseException as error:  # the samplers must not wait, whatever it is
+            ending = Ending(error=RemoteError.of(error))
+            with contextlib.suppress(PeerLost, DeadlineExceeded):
+                keys.put("end", msgspec.msgpack.encode(ending))
+            raise
         if step.kind != "adapter" and _is_published(report):
             # To what was merged, an adapter would be applied twice.
             self._base = _Base(version.digest, seen[0]) if seen else None
@@ -193,7 +260,7 @@ class TrainerSide:
             return False  # all are told why when it is sent
 
     def _announced(
-        self, model: torch.nn.Module, step: _Step, steps: Log, seen: list[BaseSeen]
+        self, model: torch.nn.Module, step: _Step, steps: _Steps, seen: list[BaseSeen]
     ) -> _Weights:
         """What fails in it, the samplers hear. `seen`: where a base that is sent is noted."""
 
@@ -201,10 +268,9 @@ class TrainerSide:
             self._look(is_decided=False)
             if step.kind == "base":
                 seen.append(BaseSeen(model))
-            self._num_steps += 1
-            if not self._claim(self._num_steps):
+            if not steps.claim():
                 raise UpdateFailed("another of the trainer's processes has given up its call")
-            steps.append(msgspec.msgpack.encode(step))
+            steps.tell(step)
             yield from made(model, step, self._timeout_seconds)
 
         return _Weights(tensors())
@@ -225,12 +291,11 @@ class TrainerSide:
         assert sent is not None, "rank 0 sends"
         return sent
 
-    def _scope(self, name: str) -> Rendezvous:
-        keys = self._keys.scope(name)
-        while len(self._past) > 4:  # what is read by somebody still is younger
+    def _remember(self, keys: Rendezvous) -> None:
+        """To delete them once nobody reads them, who is at younger ones by then."""
+        while len(self._past) > 4:
             self._past.pop(0).clear()
         self._past.append(keys)
-        return keys
 
 
 def _is_published(report: Report) -> bool:
@@ -272,22 +337,30 @@ class FollowingSide:
     def __init__(self, keys: Rendezvous, timeout_seconds: float) -> None:
         self._keys = keys
         self._timeout_seconds = timeout_seconds
-        self._num_syncs = 0
         self._cancelled: CheckpointEngineError | None = None
+        self._turn = threading.Lock()
 
     def sync(
-        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None, label: str
+        self,
+        model: torch.nn.Module,
+        merge_and_sync: bool,
+        adapter_name: str | None,
+        label: str,
+        number: int,
     ) -> Report:
         """As `TrainerSide.sync`, in step with it."""
-        self._num_syncs += 1
-        self._cancelled = None
-        scope = self._keys.scope(f"steps {self._num_syncs}")
-        steps = scope.log("steps")
-        what_to_send(model, merge_and_sync, adapter_name)
-        self._num_steps = 0
-        while (ending := (step := self._next(scope, steps)).ending) is None:
-            for _ in made(model, step, self._timeout_seconds):
-                pass
+        try:
+            with alone(self._turn):
+                self._cancelled = None
+                what_to_send(model, merge_and_sync, adapter_name)
+                steps = _Steps(self._keys, number)
+                while (ending := (step := self._next(steps)).ending) is None:
+                    for _ in made(model, step, self._timeout_seconds):
+                        pass
+        except UnderWay:
+            with _beside(self._keys, number) as steps:
+                steps.claim()  # nobody is to gather with this process, which does not
+            raise
         return raise_failed(ending)
 
     def cancel(self, error: CheckpointEngineError) -> None:
@@ -298,25 +371,31 @@ class FollowingSide:
         """Leave."""
         self._keys.give_back()
 
-    def _next(self, scope: Rendezvous, steps: Log) -> _Step:
-        deadline = time.monotonic() + PATIENCE * self._timeout_seconds
-        while time.monotonic() < deadline:
-            if self._cancelled is not None and _claim(scope, self._num_steps + 1):
-                raise self._cancelled
-            with contextlib.suppress(DeadlineExceeded), with_sender():
-                step: _Step = decode(steps.next(POLL_SECONDS), _Step)
-                self._num_steps += 1
-                return step
-        _claim(scope, self._num_steps + 1)
-        raise DeadlineExceeded(
+    def _next(self, steps: _Steps) -> _Step:
+        """What the first process says; once that has claimed a step, nobody leaves before it."""
+        last = time.monotonic() + PATIENCE * self._timeout_seconds
+        late: CheckpointEngineError = DeadlineExceeded(
             "the trainer's first process does not say what to send: all of its processes call "
             "sync_weights() alike"
         )
+        while True:
+            with contextlib.suppress(DeadlineExceeded):
+                return steps.next(POLL_SECONDS)
+            now, why = time.monotonic(), self._cancelled
+            if (now > last or why is not None) and steps.claim():
+                raise why or late
+            if now > last + self._timeout_seconds:
+                raise late
 
 
-def _claim(scope: Rendezvous, number: int) -> bool:
-    """Whether this process is the first that says whether this step is made, by all, or left."""
-    return scope.add(f"claim {number}", 1) == 1
+@contextlib.contextmanager
+def _beside(keys: Rendezvous, number: int) -> Iterator[_Steps]:
+    """The steps of a call that is refused, while another is under way over these keys."""
+    forked = keys.fork()
+    try:
+        yield _Steps(forked, number)
+    finally:
+        forked.give_back()
 
 
 def what_to_send(
@@ -351,7 +430,7 @@ def made(model: torch.nn.Module, step: _Step, timeout_seconds: float) -> Weights
 
     Samplers that take them slowly have their deadline before the processes that gather have theirs.
     """
-    options: dict[str, Any] = {"timeout_seconds": PATIENCE * timeout_seconds}
+    options: dict[str, Any] = {"to": step.to, "timeout_seconds": PATIENCE * timeout_seconds}
     if step.kind == "weights":
         return named_weights(model, **options)
     if step.kind == "merged":
