@@ -48,6 +48,20 @@ def test_a_failure_that_was_swallowed_is_a_failure(
         run_hook(swallowing, served, device)
 
 
+def test_it_is_seen_whatever_the_server_logs() -> None:
+    """As with SGLang's `--log-level error`, which sets the root logger's."""
+    logger, root = logging.getLogger(__name__), logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with pytest.raises(AdapterError, match="Post-hook processing failed: no kernel"):
+            run_hook(swallowing, None, GPU)
+        assert logger.level == logging.NOTSET
+        assert not logger.isEnabledFor(logging.WARNING)
+    finally:
+        root.setLevel(level)
+
+
 def test_it_is_none_where_there_was_nothing_to_do() -> None:
     run_hook(swallowing, model(UnquantizedLinearMethod()), CPU)
 

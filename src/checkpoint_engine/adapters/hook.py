@@ -42,11 +42,13 @@ def run_hook(
         AdapterError: its module logged that it failed, and that matters.
     """
     logger = logging.getLogger(getattr(hook, "__module__", None) or __name__)
-    listener = _Swallowed()
+    listener, level = _Swallowed(), logger.level
     logger.addHandler(listener)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))  # the server's may be higher
     try:
         hook()
     finally:
+        logger.setLevel(level)
         logger.removeHandler(listener)
     as_loaded = model is not None and device.type == "cpu" and _serves_as_loaded(model)
     if listener.said and not as_loaded:
