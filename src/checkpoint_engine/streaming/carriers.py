@@ -3,7 +3,7 @@
 Whatever else a cycle needs (who takes part, what a bucket holds, credit, digests, the end) is the
 same for all carriers, and done by `sending` and `receiving`.
 
-    way = carrier.plan("stream-3", kept=[...], rebuild=False)       # the sender, told to all
+    way = carrier.plan("stream-3", kept=[...], bucket_bytes=..., rebuild=False)     # told to all
     carrier.join(way, timeout_seconds)
     landed = carrier.send(data, wait_ready, timeout_seconds)        # the sender
     landed = carrier.receive(index, data, timeout_seconds)          # receivers

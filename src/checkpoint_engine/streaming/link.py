@@ -4,8 +4,8 @@ A cycle has keys of its own. The sender counts cycles; who comes late, or comes 
 died, joins the one that is under way, or the next.
 
     link = Link(rendezvous, carrier, settings)
-    number = link.begin()               # the sender; link.next_cycle() of receivers
-    scope = link.scope(number)
+    cycle = link.begin()                # the sender; receivers: link.join(is_over)
+    link.end(cycle)
 """
 
 from __future__ import annotations

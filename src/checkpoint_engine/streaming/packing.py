@@ -7,9 +7,8 @@ copied, so the version's digest is known when the last tensor has gone by, on ei
 
     bucket = OpenBucket(index, memory)
     for start, length in cuts(weight, bucket_bytes):
-        bucket.put(weight, start, length)
-    ledger.add_all(bucket.closed())
-    for name, tensor in whole_tensors(bucket, memory): ...
+        ledger.add(bucket.put(weight, start, length))
+    announced = bucket.closed()
 """
 
 from __future__ import annotations
