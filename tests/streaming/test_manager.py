@@ -302,24 +302,6 @@ def test_each_side_for_itself_and_within_an_event_loop(socket_folder: Path) -> N
     sending.close()
 
 
-def test_a_compiled_sampler(manage: Manage) -> None:
-    trainer, sampler = Trainer(llama(1)), Sampler(torch.compile(llama(2), backend="eager"))
-    manage(trainer, sampler).sync_weights()
-    assert torch.equal(logits(sampler.model), logits(trainer.model))
-
-
-def test_a_tensor_that_shares_memory_with_itself_is_refused_while_it_serves(
-    manage: Manage,
-) -> None:
-    trainer, sampler = Trainer(torch.nn.Linear(4, 4)), Sampler(torch.nn.Linear(4, 4))
-    sampler.model.weight = torch.nn.Parameter(torch.ones(1, 4).expand(4, 4), requires_grad=False)
-    bias = sampler.model.bias.clone()
-    with pytest.raises(UpdateFailed, match="elements of the model's share memory"):
-        manage(trainer, sampler).sync_weights()
-    assert sampler.num_holds == 0
-    assert torch.equal(sampler.model.bias, bias)
-
-
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samplers' models are written to as on a GPU: copied into, and compared with what was sent."""

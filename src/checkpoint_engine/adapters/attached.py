@@ -25,6 +25,7 @@ from checkpoint_engine.memory import IdleWorkers
 from checkpoint_engine.sources.lora import adapter_config, adapter_parameters
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME, encoded_config
 from checkpoint_engine.sources.tensors import TensorSource
+from checkpoint_engine.sources.training import plain_name, tensors_of
 from checkpoint_engine.store import digest_in_place
 
 __all__ = ["AttachedAdapter", "Base", "Host", "LacksBase", "config_tensor"]
@@ -74,7 +75,7 @@ class Base(torch.nn.Module):
 
     def state_dict(self, *_: Any, **__: Any) -> Any:
         """The base's tensors by its own names."""
-        return dict(self._plain(self._found[0].state_dict().items()))
+        return dict(self._plain(tensors_of(self._found[0]).items()))
 
     def named_buffers(self, *_: Any, **options: Any) -> Any:
         """The base's buffers by its own names."""
@@ -85,7 +86,7 @@ class Base(torch.nn.Module):
         for name, tensor in pairs:
             if ".lora_" in name or ".modules_to_save." in name:
                 continue
-            parts = name.removeprefix(PREFIX).split(".")
+            parts = plain_name(name).removeprefix(PREFIX).split(".")
             yield ".".join(p for p in parts if p not in ("base_layer", "original_module")), tensor
 
 

@@ -124,6 +124,7 @@ class CallbackAdapter:
     def abort(self) -> None:
         """Release the staged version."""
         self._drop_incoming()
+        self._snapshot = None
         self._rest()
 
     def pause(self, timeout_seconds: float) -> None:
@@ -158,10 +159,11 @@ class CallbackAdapter:
         """
         self._drop_incoming()
         if not self._loaded:
-            self._rest()
+            self.abort()
             return
         if self._snapshot is not None:
             self._snapshot.restore()
+            self.abort()
             return
         if self._served is None:
             raise AdapterError(

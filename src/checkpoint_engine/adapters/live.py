@@ -35,6 +35,7 @@ from checkpoint_engine.manifest import (
     version_digest,
 )
 from checkpoint_engine.memory import Workers
+from checkpoint_engine.sources.training import tensors_of
 
 __all__ = [
     "Copy",
@@ -111,7 +112,7 @@ class LiveModel:
     """The state dict of a model that is serving. Borrows the model; holds no copies."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self._tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
         buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self._not_persistent = buffers - set(self._tensors)
 

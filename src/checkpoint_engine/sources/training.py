@@ -28,7 +28,7 @@ from checkpoint_engine.sources.weight import Weight, identity_of
 
 __all__ = [
     "Keeper", "kept", "named_weights", "own_rank", "plain_name", "share_out", "stream",
-    "weights_of",
+    "tensors_of", "weights_of",
 ]  # fmt: skip
 
 TIMEOUT_SECONDS = 600.0
@@ -169,23 +169,30 @@ def kept(weights: Sequence[Weight], keeper: Keeper, bucket_bytes: int) -> list[W
 
 
 def inner_model(module: torch.nn.Module) -> torch.nn.Module:
-    """The model within what wraps all of it."""
-    while type(module).__name__ in ("OptimizedModule", "DistributedDataParallel"):
-        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
-        assert isinstance(inner, torch.nn.Module)
-        module = inner
-    return module
+    """The model within what wraps all of it: by torch.compile, or as DistributedDataParallel does.
+
+    That one has a single part, `module`, and no tensor of its own.
+    """
+    while True:
+        parts = dict(module.named_children())
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if len(parts) != 1 or tensors or not {"_orig_mod", "module"} & parts.keys():
+            return module
+        (module,) = parts.values()
+
+
+def tensors_of(module: torch.nn.Module, *, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """A module's parameters and persistent buffers by name; what else it keeps is no weight."""
+    state = module.state_dict(keep_vars=keep_vars)
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and persistent buffers, by their names in its checkpoint."""
+    """A model's parameters and persistent buffers, by their names in its checkpoint."""
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         raise SourceError("FSDP of the first kind gathers the whole model: use fully_shard")
     with torch.no_grad():
-        state = module.state_dict(keep_vars=True)
-    return unwrapped(
-        {name: value for name, value in state.items() if not name.endswith("_extra_state")}
-    )
+        return unwrapped(tensors_of(inner_model(module), keep_vars=True))
 
 
 def unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,13 +215,13 @@ def plain_name(name: str) -> str:
 def tied_names(module: torch.nn.Module, names: Collection[str]) -> frozenset[str]:
     """Which of these names transformers leaves out of the model's checkpoint, as tied to others."""
     tied: set[str] = set()
-    for path, part in module.named_modules():
+    for path, part in inner_model(module).named_modules():
         patterns = getattr(part, "all_tied_weights_keys", None)
         if patterns is None and getattr(
             getattr(part, "config", None), "tie_word_embeddings", False
         ):
             patterns = getattr(part, "_tied_weights_keys", None)  # transformers 4
-        prefix = plain_name(path + "." if path else "").removeprefix("module.")
+        prefix = plain_name(path + "." if path else "")
         for pattern in patterns or ():
             whole = re.compile(re.escape(prefix) + pattern)
             tied.update(name for name in names if whole.fullmatch(name))

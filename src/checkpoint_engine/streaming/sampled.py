@@ -9,7 +9,7 @@ A model that peft has wrapped is written to by the names that its base had befor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,9 @@ from checkpoint_engine.adapters.live import check_fit, check_names
 from checkpoint_engine.adapters.transformers import TransformersAdapter
 from checkpoint_engine.errors import UsageError, VerificationError
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.sources.training import inner_model
+from checkpoint_engine.sources.tensors import TensorSource
+from checkpoint_engine.sources.training import inner_model, tensors_of
+from checkpoint_engine.store import digest_in_place
 
 __all__ = ["Sampler", "loads_by_itself", "module_of", "places_of", "weights_adapter"]
 
@@ -72,8 +74,7 @@ class _Loader:
 
     def live(self) -> dict[str, torch.Tensor]:
         """By the names of the base, which peft's layers may have come around since."""
-        found: dict[str, torch.Tensor] = _base_of(self._sampler.model).state_dict()
-        return found
+        return tensors_of(_base_of(self._sampler.model))
 
     def check(self, named: Mapping[str, torch.Tensor]) -> None:
         """Raise AdapterError unless these can be written."""
@@ -124,8 +125,7 @@ def module_of(sampler: Sampler) -> torch.nn.Module | None:
     if loads_by_itself(sampler) or not isinstance(model, torch.nn.Module):
         return None
     inner: Any = inner_model(model)
-    base: Any = getattr(inner, "get_base_model", lambda: inner)
-    return cast(torch.nn.Module, base())
+    return inner_model(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
 
 
 def places_of(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
@@ -138,10 +138,15 @@ def places_of(sampler: Sampler) -> dict[str, tuple[Any, ...]]:
             tensor.device,
             tensor.dtype,
             tensor.shape,
-            0 if tensor.is_inference() else tensor._version,
+            _content(tensor) if tensor.is_inference() else tensor._version,
         )
-        for name, tensor in _base_of(sampler.model).state_dict().items()
+        for name, tensor in tensors_of(_base_of(sampler.model)).items()
     }
+
+
+def _content(tensor: torch.Tensor) -> str:
+    """Of a tensor made in inference mode, whose writes torch does not count."""
+    return digest_in_place(TensorSource({"content": tensor})).digest
 
 
 def weights_adapter(sampler: Sampler) -> Adapter:
@@ -159,9 +164,10 @@ def weights_adapter(sampler: Sampler) -> Adapter:
             "a sampler has a torch module as `model`, or takes lists of (name, tensor) by a method "
             "`load_weights`"
         )
-    if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+    tensors = tensors_of(model)
+    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise UsageError(f"{meta[0]!r} of the sampler's model has no memory yet: it is on meta")
-    if all(tensor.is_cpu for tensor in model.state_dict().values()):
+    if all(tensor.is_cpu for tensor in tensors.values()):
         identity = Identity(replica="sampler", engine="sampler")
         return TransformersAdapter(_base_of(model), identity, _Quiet())
     return _LoadedAdapter(_Loader(sampler))

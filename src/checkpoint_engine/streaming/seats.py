@@ -48,6 +48,7 @@ class Seats:
         self._requests = _Requests(sampler)
         self._writers: dict[str, Adapter] = {WEIGHTS: weights_adapter(sampler)}
         self._held: dict[str, Held] = {}
+        self._last: dict[str, Version] = {}  # that was published, also of what is torn since
         self._module, self._places = module_of(sampler), places_of(sampler)
         self._last_base: str | None = None
         self.version: Version | None = None
@@ -66,7 +67,7 @@ class Seats:
         """
         self._follow()
         place = _place(order)
-        writer = self._writer(order, place)
+        writer = self._writer(place)
         writer.identity = Identity(replica=name, engine=name)
         published = partial(self._published, order)
         seat = _Seat(writer, held, self._refusal(order), published, self._requests)
@@ -78,6 +79,8 @@ class Seats:
             raise
         if outcome.state == "torn":
             self._torn(order)
+        if outcome.state == "kept" and place in self._requests.torn:
+            self._mended(place, writer.base())
         if outcome.state == "published":
             before, self._held[place] = self._held.get(place), held
             if before is not None:
@@ -85,7 +88,7 @@ class Seats:
         self._places = places_of(self._sampler)
         return outcome
 
-    def _writer(self, order: Order, place: str) -> Adapter:
+    def _writer(self, place: str) -> Adapter:
         if loads_by_itself(self._sampler):
             return self._writers[WEIGHTS]  # an adapter is refused
         if place not in self._writers:
@@ -96,7 +99,7 @@ class Seats:
         """Begin with what the sampler has now, if that is not what was left here."""
         if (module := module_of(self._sampler)) is not self._module:
             self._module, self._last_base = module, None
-            self._writers, self._held, self.adapters = {}, {}, {}
+            self._writers, self._held, self._last, self.adapters = {}, {}, {}, {}
             self._requests.torn &= {WEIGHTS}
         elif places_of(self._sampler) == self._places:
             return
@@ -151,6 +154,7 @@ class Seats:
     def _published(self, order: Order) -> None:
         """This is what is served now; requests wait still."""
         self._requests.torn.discard(_place(order))
+        self._last[_place(order)] = order.version
         if order.kind == "adapter":
             self.adapters[order.adapter] = order.version
             return
@@ -166,6 +170,18 @@ class Seats:
             self.adapters.pop(order.adapter, None)
         else:
             self.version = None
+
+    def _mended(self, place: str, digest: str | None) -> None:
+        """What was torn may be as it was before that, once it was rolled back."""
+        last = self._last.get(place)
+        if last is None or last.digest != digest:
+            return
+        self._requests.torn.discard(place)
+        if place == WEIGHTS:
+            self.version = last
+        else:
+            self.adapters[place] = last
+        self._requests.release()
 
     def detach(self, name: str) -> None:
         """Take an adapter off; one that is torn, too, and then requests go on.
@@ -183,6 +199,7 @@ class Seats:
         AttachedAdapter(self._sampler, name, self._base).detach()
         self._writers.pop(name, None)
         self._held.pop(name, None)
+        self._last.pop(name, None)
         self.adapters.pop(name, None)
         self._requests.torn.discard(name)
 
