@@ -17,8 +17,9 @@ from checkpoint_engine import CheckpointEngineManager, UpdateFailed
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineExceeded
 from checkpoint_engine.streaming import trainer as trainer_side
 from checkpoint_engine.streaming.orders import Ending
+from checkpoint_engine.streaming.steps import Step, Steps
 from checkpoint_engine.streaming.threads import UnderWay
-from checkpoint_engine.streaming.trainer import FollowingSide, _Step, _Steps
+from checkpoint_engine.streaming.trainer import FollowingSide
 from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report
@@ -132,14 +133,14 @@ def test_nobody_leaves_a_step_that_the_first_process_has_begun(
         trainer_side, "made", lambda _, step, __: iter(made.append(step.kind) or ())
     )
     store = LocalKeyStore()
-    first = _Steps(Rendezvous(store, 0, 1), number=1)
+    first = Steps(Rendezvous(store, 0, 1), number=1)
     following = FollowingSide(Rendezvous(store, 0, 1), timeout_seconds=60)
     assert first.claim()
 
     def say() -> None:
         time.sleep(0.5)  # after the deadline of who waits
-        first.tell(_Step(kind="weights"))
-        first.tell(_Step(ending=Ending(error=None)))
+        first.tell(Step(kind="weights"))
+        first.tell(Step(ending=Ending(error=None)))
 
     saying = threading.Thread(target=say)
     saying.start()
@@ -157,7 +158,7 @@ def test_who_is_late_for_a_call_that_has_not_begun_keeps_it_from_beginning(
     following = FollowingSide(Rendezvous(store, 0, 1), timeout_seconds=60)
     with pytest.raises(DeadlineExceeded, match="does not say what to send"):
         following.sync(torch.nn.Linear(1, 1), True, None, "one", 1)
-    assert not _Steps(Rendezvous(store, 0, 1), number=1).claim()
+    assert not Steps(Rendezvous(store, 0, 1), number=1).claim()
 
 
 def test_other_processes_of_a_trainer_hear_of_any_error(

@@ -15,13 +15,13 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import torch
 
-from checkpoint_engine.adapters.attached import LacksBase, config_tensor
+from checkpoint_engine.adapters.attached import LacksBase
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineExceeded,
@@ -31,80 +31,20 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.manifest import Version
-from checkpoint_engine.sources.lora import (
-    BaseSeen,
-    adapter_weights,
-    base_weights,
-    merged_weights,
-)
-from checkpoint_engine.sources.lora_adapter import CONFIG_NAME
-from checkpoint_engine.sources.training import inner_model, named_weights, own_rank
+from checkpoint_engine.sources.lora import BaseSeen
+from checkpoint_engine.sources.training import own_rank
 from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
-from checkpoint_engine.streaming.messages import with_sender
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
+from checkpoint_engine.streaming.steps import Step, Steps, Weights, beside, made, what_to_send
 from checkpoint_engine.streaming.threads import UnderWay, alone, blocking
 from checkpoint_engine.streaming.transaction import conduct
 from checkpoint_engine.transport.rendezvous import Rendezvous
-from checkpoint_engine.update.protocol import Report, decode
+from checkpoint_engine.update.protocol import Report
 
 __all__ = ["FollowingSide", "TrainerSide"]
 
 POLL_SECONDS = 0.2
-
-Weights = Iterator[tuple[str, torch.Tensor]]
-
-
-class _Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first process tells the others: what to make next, or how it ended.
-
-    Attributes:
-        kind: of an `Order`.
-        adapter: its name, as there.
-        to: the rank in `torch.distributed` that gets the tensors, which is the first process's.
-        ending: of the call; then there is nothing to make.
-    """
-
-    kind: str = ""
-    adapter: str = ""
-    to: int = 0
-    ending: Ending | None = None
-
-
-class _Steps:
-    """What is made in one call, by all processes of a trainer in step.
-
-    Whoever claims the next one first says whether it is made by all, or left by all.
-
-    Args:
-        keys: which the first process keeps.
-        number: of the call, the same in every process.
-    """
-
-    def __init__(self, keys: Rendezvous, number: int) -> None:
-        self.keys = keys.scope(f"steps {number}")
-        self._log, self._num_past = self.keys.log("steps"), 0
-
-    def claim(self) -> bool:
-        """Whether this process is the first to say so of the next one."""
-        return self.keys.add(f"claim {self._num_past + 1}", 1) == 1
-
-    def tell(self, step: _Step) -> None:
-        """Say what is made; an ending needs no claim."""
-        self._log.append(msgspec.msgpack.encode(step))
-        self._num_past += 1
-
-    def fail(self, error: BaseException) -> None:
-        """Say that there is nothing to make, if anybody is left to be told."""
-        with contextlib.suppress(PeerLost, DeadlineExceeded):
-            self.tell(_Step(ending=Ending(error=RemoteError.of(error))))
-
-    def next(self, timeout_seconds: float) -> _Step:
-        """Hear what is made; raises DeadlineExceeded if nothing was said in time."""
-        with with_sender():
-            step: _Step = decode(self._log.next(timeout_seconds), _Step)
-        self._num_past += 1
-        return step
 
 
 class _Base(NamedTuple):
@@ -151,7 +91,7 @@ class TrainerSide:
             with alone(self._turn):
                 return self._sync(model, merge_and_sync, adapter_name, label, number)
         except UnderWay as error:
-            with _beside(self._keys, number) as steps:
+            with beside(self._keys, number) as steps:
                 steps.fail(error)
             raise
 
@@ -164,7 +104,7 @@ class TrainerSide:
         number: int,
     ) -> Report:
         self._cancelled = None
-        steps = _Steps(self._keys, number)
+        steps = Steps(self._keys, number)
         self._remember(steps.keys)
         try:
             kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
@@ -172,7 +112,7 @@ class TrainerSide:
         except BaseException as error:  # the others must not wait, whatever it is
             steps.fail(error)
             raise
-        steps.tell(_Step(ending=ending))
+        steps.tell(Step(ending=ending))
         return raise_failed(ending)
 
     def cancel(self, error: CheckpointEngineError) -> None:
@@ -195,9 +135,9 @@ class TrainerSide:
             raise
 
     def _send(
-        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: _Steps
+        self, model: torch.nn.Module, kind: str, adapter: str, label: str, steps: Steps
     ) -> Ending:
-        step = _Step(kind=kind, adapter=adapter, to=own_rank())
+        step = Step(kind=kind, adapter=adapter, to=own_rank())
         if kind != "adapter":
             return self._one(model, step, label, steps)
         if self._has_base_of(model):
@@ -217,15 +157,15 @@ class TrainerSide:
     def _one(
         self,
         model: torch.nn.Module,
-        step: _Step,
+        step: Step,
         label: str,
-        steps: _Steps,
+        steps: Steps,
         *,
         more: Callable[[Report], bool] = lambda report: False,
     ) -> Ending:
         """Send one version. `more`: whether another follows, which the samplers are told."""
-        seen: list[BaseSeen] = []
-        sent = self._stream(self._announced(model, step, steps, seen), label)
+        weights = self._announced(model, step, steps)
+        sent = self._stream(weights, label)
         parent = self._base.digest if step.kind == "adapter" and self._base else None
         version = Version(label=sent.label, digest=sent.digest, parent=parent)
         order = Order(kind=step.kind, version=version, adapter=step.adapter)
@@ -241,7 +181,7 @@ class TrainerSide:
             raise
         if step.kind != "adapter" and _is_published(report):
             # To what was merged, an adapter would be applied twice.
-            self._base = _Base(version.digest, seen[0]) if seen else None
+            self._base = _Base(version.digest, weights.base) if weights.base else None
         ending = Ending(report=report, more=more(report))
         keys.put("end", msgspec.msgpack.encode(ending))
         return ending
@@ -259,21 +199,20 @@ class TrainerSide:
         except CheckpointEngineError:
             return False  # all are told why when it is sent
 
-    def _announced(
-        self, model: torch.nn.Module, step: _Step, steps: _Steps, seen: list[BaseSeen]
-    ) -> _Weights:
-        """What fails in it, the samplers hear. `seen`: where a base that is sent is noted."""
+    def _announced(self, model: torch.nn.Module, step: Step, steps: Steps) -> _Weights:
+        """What fails in it, the samplers hear."""
 
         def tensors() -> Weights:
             self._look(is_decided=False)
             if step.kind == "base":
-                seen.append(BaseSeen(model))
+                weights.base = BaseSeen(model)
             if not steps.claim():
                 raise UpdateFailed("another of the trainer's processes has given up its call")
             steps.tell(step)
             yield from made(model, step, self._timeout_seconds)
 
-        return _Weights(tensors())
+        weights = _Weights(tensors())
+        return weights
 
     def _stream(self, weights: _Weights, label: str) -> StreamReport:
         async def send() -> StreamReport | None:
@@ -312,11 +251,16 @@ class _Weights:
 
     To begin before would have the trainer's other processes wait in the middle of a collective, and
     break the group with which they train if a sampler does not come.
+
+    Attributes:
+        has_begun: whether one was asked for.
+        base: as it was then, if it is one.
     """
 
     def __init__(self, tensors: Weights) -> None:
         self._tensors = tensors
         self.has_begun = False
+        self.base: BaseSeen | None = None
 
     def __iter__(self) -> Weights:
         return self
@@ -353,12 +297,12 @@ class FollowingSide:
             with alone(self._turn):
                 self._cancelled = None
                 what_to_send(model, merge_and_sync, adapter_name)
-                steps = _Steps(self._keys, number)
+                steps = Steps(self._keys, number)
                 while (ending := (step := self._next(steps)).ending) is None:
                     for _ in made(model, step, self._timeout_seconds):
                         pass
         except UnderWay:
-            with _beside(self._keys, number) as steps:
+            with beside(self._keys, number) as steps:
                 steps.claim()  # nobody is to gather with this process, which does not
             raise
         return raise_failed(ending)
@@ -371,7 +315,7 @@ class FollowingSide:
         """Leave."""
         self._keys.give_back()
 
-    def _next(self, steps: _Steps) -> _Step:
+    def _next(self, steps: Steps) -> Step:
         """What the first process says; once that has claimed a step, nobody leaves before it."""
         last = time.monotonic() + PATIENCE * self._timeout_seconds
         late: CheckpointEngineError = DeadlineExceeded(
@@ -388,64 +332,6 @@ class FollowingSide:
                 raise late
 
 
-@contextlib.contextmanager
-def _beside(keys: Rendezvous, number: int) -> Iterator[_Steps]:
-    """The steps of a call that is refused, while another is under way over these keys."""
-    forked = keys.fork()
-    try:
-        yield _Steps(forked, number)
-    finally:
-        forked.give_back()
-
-
-def what_to_send(
-    model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None
-) -> tuple[str, str]:
-    """The kind of an `Order`, and the adapter's name; "" for those that are active.
-
-    Raises:
-        UsageError: the model has no such adapter, or none at all.
-    """
-    found: Any = inner_model(model)
-    if not hasattr(found, "peft_config"):
-        if merge_and_sync and adapter_name is None:
-            return "weights", ""
-        raise UsageError(
-            f"a {type(found).__name__} has no adapters: wrap it with peft, or sync with "
-            "merge_and_sync=True and no adapter_name"
-        )
-    names = list(found.peft_config)
-    if adapter_name is not None and adapter_name not in names:
-        raise UsageError(f"there is no adapter {adapter_name!r}; the model has {names}")
-    if merge_and_sync:
-        return "merged", adapter_name or ""
-    active = list(found.active_adapters)
-    if adapter_name is None and len(active) != 1:
-        raise UsageError(f"say which adapter to send by adapter_name=: {active} are active")
-    return "adapter", adapter_name or active[0]
-
-
-def made(model: torch.nn.Module, step: _Step, timeout_seconds: float) -> Weights:
-    """The tensors of a step; on the trainer's first process alone, and made by all.
-
-    Samplers that take them slowly have their deadline before the processes that gather have theirs.
-    """
-    options: dict[str, Any] = {"to": step.to, "timeout_seconds": PATIENCE * timeout_seconds}
-    if step.kind == "weights":
-        return named_weights(model, **options)
-    if step.kind == "merged":
-        adapters = [step.adapter] if step.adapter else None
-        return merged_weights(model, adapters=adapters, **options)
-    if step.kind == "base":
-        return base_weights(model, **options)
-    return _with_config(model, step.adapter, options)
-
-
 def _failing(error: UsageError) -> Weights:
     raise error
     yield  # makes it a generator
-
-
-def _with_config(model: torch.nn.Module, adapter: str, options: dict[str, Any]) -> Weights:
-    yield from adapter_weights(model, adapter, **options)
-    yield CONFIG_NAME, config_tensor(model, adapter)
