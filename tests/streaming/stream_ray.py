@@ -62,6 +62,17 @@ class Sampler:
         self._engine.finalize()
 
 
+def elsewhere() -> str:
+    """Where a master of another kind is."""
+    engine = RayCheckpointEngine(**SETTINGS)
+    where = {"master_addr": "127.0.0.1", "master_port": 1}
+    try:
+        engine.init_process_group(rank=1, world_size=3, master_metadata=where)
+    except CheckpointEngineError as error:
+        return f"{type(error).__name__}: {error}"
+    return "met"
+
+
 def main() -> None:
     ray.init(
         num_cpus=2,
@@ -76,7 +87,8 @@ def main() -> None:
     found = ray.get([trainer.send.remote(1), *(one.receive.remote(1) for one in samplers)])
     lost = [trainer.send.remote(2), samplers[0].receive.remote(2)]
     samplers[1].receive.remote(2, die=True)
-    print(json.dumps({"digests": found, "lost": ray.get(lost)}), flush=True)
+    said = {"digests": found, "lost": ray.get(lost), "elsewhere": elsewhere()}
+    print(json.dumps(said), flush=True)
     ray.get(samplers[0].finalize.remote())
     ray.get(trainer.finalize.remote())
     ray.shutdown()

@@ -18,6 +18,7 @@ def test_actors_meet_stream_and_notice_who_dies() -> None:
     at_trainer, at_sampler = found["lost"]
     assert at_trainer.startswith("PeerLost: rank 2 died")
     assert at_sampler.startswith("PeerLost: the sender gave up: rank 2 died")
+    assert found["elsewhere"].startswith("UsageError: master_metadata has no 'secret': pass what")
 
 
 def test_it_lives_within_ray() -> None:

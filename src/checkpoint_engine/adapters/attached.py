@@ -22,15 +22,13 @@ from checkpoint_engine.adapters.base import Content, Identity, Served
 from checkpoint_engine.errors import AdapterError, UpdateRefused, VerificationError
 from checkpoint_engine.manifest import Version
 from checkpoint_engine.memory import IdleWorkers
-from checkpoint_engine.sources.lora import adapter_config, adapter_parameters
+from checkpoint_engine.sources.lora import PREFIX, adapter_config, adapter_parameters
 from checkpoint_engine.sources.lora_adapter import CONFIG_NAME, encoded_config
 from checkpoint_engine.sources.tensors import TensorSource
 from checkpoint_engine.sources.training import plain_name, tensors_of
 from checkpoint_engine.store import digest_in_place
 
 __all__ = ["AttachedAdapter", "Base", "Host", "LacksBase", "config_tensor"]
-
-PREFIX = "base_model.model."
 
 Tensors = dict[str, torch.Tensor]
 

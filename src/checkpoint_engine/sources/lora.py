@@ -39,6 +39,7 @@ from checkpoint_engine.sources.training import (
 from checkpoint_engine.sources.weight import Weight, identity_of, spec_of
 
 __all__ = [
+    "PREFIX",
     "BaseSeen",
     "adapter_config",
     "adapter_parameters",

@@ -89,19 +89,26 @@ class RayCheckpointEngine(GlooCheckpointEngine):
             host, port, secret = self._ray.util.get_node_ip_address(), 0, self._secret
         else:
             found = metadata or self._found()
-            host, port, secret = found["master_addr"], found["master_port"], found["secret"]
+            try:
+                host, port, secret = found["master_addr"], found["master_port"], found["secret"]
+            except KeyError as error:
+                raise UsageError(
+                    f"master_metadata has no {error}: pass what prepare() of the master returned, "
+                    "which is a RayCheckpointEngine, too"
+                ) from error
         return Meeting(host, port, by_launcher=False, secret=secret.encode())
 
     def _found(self) -> Mapping[str, Any]:
         deadline = time.monotonic() + self._settings.timeout_seconds
+        errors = self._ray.exceptions
         while time.monotonic() < deadline:
             try:
                 board = self._ray.get_actor(self._actor_name)
                 found: Mapping[str, Any] = self._ray.get(
                     board.read.remote(), timeout=deadline - time.monotonic()
                 )
-            except (ValueError, self._ray.exceptions.RayActorError):  # not yet, or not any more
-                time.sleep(POLL_SECONDS)
+            except (ValueError, errors.RayActorError, errors.GetTimeoutError):
+                time.sleep(POLL_SECONDS)  # not yet, or not any more, or it is held
             else:
                 return found
         raise DeadlineExceeded(
