@@ -449,3 +449,17 @@ def test_a_broadcast_of_a_device_is_late_before_torch_says_that_it_has_ended_wel
     with pytest.raises(TransferError, match="it did not end in 0 s"):
         landed()
     torchs.cancel()
+
+
+def test_the_deadline_of_a_devices_broadcast_begins_with_it(device: Collective) -> None:
+    """As torch's does, which does not wait either for what was begun before."""
+    landed = device.begin(MEMORY, root=0, timeout_seconds=1.0)
+    time.sleep(1.2)
+    begun = device.begin(MEMORY, root=0, timeout_seconds=TIMEOUT_SECONDS)
+    torchs = threading.Timer(0.5, device.abandon)
+    torchs.start()
+    with pytest.raises(TransferError, match="it did not end in 1 s"):
+        landed()
+    with pytest.raises(TransferError, match="abandoned"):
+        begun()
+    torchs.join()

@@ -15,6 +15,7 @@ address, and does not notice every death: who hears of one abandons the group.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -173,10 +174,11 @@ class Collective:
             with self._abandoning:
                 self._end(group, [begun])  # which has not heard of it
         ended = partial(begun.ends, LOOK) if memory.is_cpu else partial(_ends_queued, begun)
-        longest_seconds = timeout_seconds + (GRACE_SECONDS if memory.is_cpu else 0.0)
+        # Of a device torch counts from now, too, and does not wait for those before it.
+        latest = math.inf if memory.is_cpu else time.monotonic() + timeout_seconds
 
         def landed() -> None:
-            deadline = time.monotonic() + longest_seconds
+            deadline = min(latest, time.monotonic() + timeout_seconds + GRACE_SECONDS)
             with _failing(root):
                 while not ended():
                     if self._group is not group:
