@@ -13,6 +13,7 @@ leaves nobody between two versions.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,9 +61,6 @@ class CheckpointEngineManager:
         timeout_seconds: the longest that one call may take. A sync that takes longer is given up,
             as it is if the call is interrupted, unless it is decided.
 
-    Attributes:
-        num_syncs: that this has begun, if it drives both sides.
-
     Raises:
         UsageError: these cannot be the sides of a sync.
     """
@@ -83,7 +81,7 @@ class CheckpointEngineManager:
         self._metadata = master_metadata
         self._drives = bool(self._trainers and self._samplers)
         self._has_met = False
-        self.num_syncs = 0
+        self._numbers = itertools.count(1)
         if self._drives:
             if (rank, world_size, master_metadata) != (None, None, None):
                 raise UsageError("rank, world_size and master_metadata are of one side alone")
@@ -127,13 +125,12 @@ class CheckpointEngineManager:
                 what they served before; `report` says what each does, if it came so far.
             DeadlineExceeded, PeerLost: a trainer's process, or a sampler, cannot be reached.
         """
-        counted = self if self._drives else self._own  # which outlives managers
-        counted.num_syncs += 1
+        number = next(self._numbers) if self._drives else self._own.next_checkpoint_sync()
         deadline = time.monotonic() + self._timeout_seconds
         self._meet(deadline)
         calls: list[_Call] = []
         try:
-            arguments = (merge_and_sync, adapter_name, label, counted.num_syncs)
+            arguments = (merge_and_sync, adapter_name, label, number)
             for trainer in self._trainers:
                 _begin(calls, trainer, "send_weights", *arguments)
             for sampler in self._samplers:

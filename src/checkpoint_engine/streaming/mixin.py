@@ -50,7 +50,7 @@ class CheckpointEngineMixin:
     checkpoint_engine_name: ClassVar[str | None] = None
     checkpoint_engine_settings: ClassVar[Mapping[str, Any]] = {}
 
-    num_syncs: int = 0  # that managers of this side alone have begun, one after the other
+    _checkpoint_syncs: int = 0
     _checkpoint_engine: StreamingEngine | None = None
     _checkpoint_side: TrainerSide | FollowingSide | SamplerSide | None = None
     _checkpoint_seats: Seats | None = None
@@ -85,6 +85,11 @@ class CheckpointEngineMixin:
         self._checkpoint_seats.detach(name)
 
     # ── what a manager calls ────────────────────────────────────────────────────────────────
+
+    def next_checkpoint_sync(self) -> int:
+        """The number of this side's next sync, by whatever manager: it outlives them."""
+        self._checkpoint_syncs += 1
+        return self._checkpoint_syncs
 
     def prepare_checkpoint_engine(self, is_master: bool) -> dict[str, Any]:
         """Get ready to meet; returns where the master is, if this is it."""
