@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,44 @@ def test_a_sampler_does_not_wait_for_a_decision_that_fails(
             receiving.result(60)
     assert as_text(sides.sampler.model.state_dict()) == before
     sides.check_next()
+
+
+def test_a_sampler_that_is_told_to_leave_in_its_pause_hears_the_decision_first(
+    socket_folder: Path,
+) -> None:
+    class Slow(Sampler):
+        def hold_requests(self, timeout_seconds: float) -> None:
+            super().hold_requests(timeout_seconds)
+            released.wait(60)
+
+    released = threading.Event()
+    trainer, leaving, other = Trainer(llama(1)), Sampler(llama(2)), Slow(llama(3))
+    manager = CheckpointEngineManager(trainer, [leaving, other], timeout_seconds=60)
+    with ThreadPoolExecutor(2) as threads:
+        call = threads.submit(manager.sync_weights, label="one")
+        wait_until(leaving.held.locked)
+        leave = threads.submit(leaving.finalize_checkpoint_engine)
+        assert wait([leave], 0.5).not_done
+        released.set()
+        assert call.result(60).outcome == "published"
+        leave.result(60)
+    assert as_text(leaving.model.state_dict()) == as_text(trainer.model.state_dict())
+    assert (leaving.served_version() or Version(label="", digest="")).label == "one"
+    assert not leaving.held.locked()
+    manager.close()
+
+
+def test_a_sampler_that_is_told_to_leave_before_anything_is_sent_goes_at_once(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_side, "LEAVE_SECONDS", 1000)  # longer than a test
+    sides.of_trainer._meet(time.monotonic() + 60)
+    receiving = sides.begin(sides.of_sampler)
+    wait_until(lambda: sides.sampler._checkpoint_side is not None)
+    wait_until(lambda: sides.sampler._checkpoint_side._turn.locked())  # type: ignore[union-attr]
+    sides.sampler.finalize_checkpoint_engine()
+    with pytest.raises(UpdateFailed, match="the engine was finalized meanwhile"):
+        receiving.result(60)
 
 
 def test_who_does_not_leave_is_told(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:

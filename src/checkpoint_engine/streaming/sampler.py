@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import torch
 
@@ -17,6 +18,7 @@ from checkpoint_engine.errors import (
     DeadlineExceeded,
     PeerLost,
     UpdateFailed,
+    UsageError,
     VerificationError,
 )
 from checkpoint_engine.streaming.engine import StreamingEngine
@@ -31,6 +33,9 @@ from checkpoint_engine.update.session import Outcome
 
 __all__ = ["SamplerSide"]
 
+
+CANCEL_SECONDS = 0.2
+LEAVE_SECONDS = 20.0  # for a sync in its pause to hear what was decided
 
 SERVES = {
     "kept": "the version of before is served",
@@ -76,7 +81,13 @@ class SamplerSide:
         self._engine.cancel(error)
 
     def close(self) -> None:
-        """Leave."""
+        """Leave, after a sync that another thread is in, which is ended if it can be still."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while time.monotonic() < deadline:
+            self.cancel(UsageError("the engine was finalized meanwhile"))
+            if self._turn.acquire(timeout=CANCEL_SECONDS):  # else it may not have begun to receive
+                self._turn.release()
+                break
         self._keys.give_back()
 
     def _one(self) -> Ending:

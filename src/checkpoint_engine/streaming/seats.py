@@ -73,8 +73,9 @@ class Seats:
         seat = _Seat(writer, held, self._refusal(order), published, self._requests)
         try:
             outcome = transact(seat)
-        except BaseException:
+        except BaseException as error:
             if seat.is_paused:  # nobody knows how much was written
+                writer.tear(f"{type(error).__name__}: {error}")
                 self._torn(order)
             raise
         if outcome.state == "torn":
