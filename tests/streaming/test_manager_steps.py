@@ -97,6 +97,14 @@ def test_managers_that_are_made_for_each_call_are_in_step(crew: Crew) -> None:
         assert crew.sync(label, crew.first, *crew.others()) == [label] * 3
 
 
+def test_managers_that_drive_the_same_members_by_turns(manage: Manage) -> None:
+    trainers, sampler = [Trainer(llama(1)), Trainer(llama(1))], Sampler(llama(2))
+    managers = [manage(trainers, sampler) for _ in range(2)]
+    for turn in range(5):
+        report = managers[turn % 2].sync_weights(label=f"step-{turn}")
+        assert (report.outcome, report.version) == ("published", f"step-{turn}")
+
+
 def test_a_call_that_the_first_process_refuses_is_refused_in_all(crew: Crew) -> None:
     """As while one that was given up still drains what it began."""
     sampling, following = crew.others()
@@ -148,6 +156,15 @@ def test_nobody_leaves_a_step_that_the_first_process_has_begun(
         following.sync(torch.nn.Linear(1, 1), True, None, "one", 1)
     saying.join()
     assert made == ["weights"]
+
+
+def test_all_may_leave_a_call_that_has_not_begun() -> None:
+    store = LocalKeyStore()
+    for number, first_has_claimed in ((1, False), (2, True)):
+        first, *others = [Steps(Rendezvous(store, 0, 1), number) for _ in range(4)]
+        assert not first_has_claimed or first.claim()
+        assert [one.leave() for one in others] == [not first_has_claimed] * 3
+        assert not first.claim()
 
 
 def test_who_is_late_for_a_call_that_has_not_begun_keeps_it_from_beginning(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ class CheckpointEngineManager:
         self._metadata = master_metadata
         self._drives = bool(self._trainers and self._samplers)
         self._has_met = False
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(secrets.randbits(48))  # others may drive the same members
         if self._drives:
             if (rank, world_size, master_metadata) != (None, None, None):
                 raise UsageError("rank, world_size and master_metadata are of one side alone")

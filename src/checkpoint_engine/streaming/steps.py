@@ -64,8 +64,12 @@ class Steps:
         self._log, self._num_past = self.keys.log("steps"), 0
 
     def claim(self) -> bool:
-        """Whether this process is the first to say so of the next one."""
+        """The first process: whether nobody has left before the next one, which all make then."""
         return self.keys.add(f"claim {self._num_past + 1}", 1) == 1
+
+    def leave(self) -> bool:
+        """Another process: whether the next one was not claimed, so that nobody makes it."""
+        return self.keys.add(f"claim {self._num_past + 1}", 2) % 2 == 0
 
     def tell(self, step: Step) -> None:
         """Say what is made; an ending needs no claim."""

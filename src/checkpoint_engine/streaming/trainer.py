@@ -303,7 +303,7 @@ class FollowingSide:
                         pass
         except UnderWay:
             with beside(self._keys, number) as steps:
-                steps.claim()  # nobody is to gather with this process, which does not
+                steps.leave()  # nobody is to gather with this process, which does not
             raise
         return raise_failed(ending)
 
@@ -326,7 +326,7 @@ class FollowingSide:
             with contextlib.suppress(DeadlineExceeded):
                 return steps.next(POLL_SECONDS)
             now, why = time.monotonic(), self._cancelled
-            if (now > last or why is not None) and steps.claim():
+            if (now > last or why is not None) and steps.leave():
                 raise why or late
             if now > last + self._timeout_seconds:
                 raise late
