@@ -260,11 +260,24 @@ def test_buffers_are_sent_if_they_are_persistent() -> None:
     assert "cache" not in names
 
 
-def test_weights_that_should_be_tied_and_are_not_are_refused() -> None:
+class WithLoss(torch.nn.Module):
+    """What a training loop wraps its model in: all tensors are in one part, `module`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module, self.loss = model, torch.nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, WithLoss, torch.nn.DataParallel])
+def test_weights_that_should_be_tied_and_are_not_are_refused(
+    wrapped: Callable[[torch.nn.Module], torch.nn.Module],
+) -> None:
     model = llama(tied=True)
+    names = [name for name, _ in named_weights(model)]
+    assert [name for name, _ in named_weights(wrapped(model))] == names
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with pytest.raises(SourceError, match=r"'lm_head.weight' should be tied"):
-        list(named_weights(model))
+        list(named_weights(wrapped(model)))
 
 
 def test_live_tensors_are_given_as_they_lie() -> None:

@@ -11,6 +11,7 @@ time, so that no rank ever holds the whole model, and to one rank, unless all ne
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,14 +172,20 @@ def kept(weights: Sequence[Weight], keeper: Keeper, bucket_bytes: int) -> list[W
 def inner_model(module: torch.nn.Module) -> torch.nn.Module:
     """The model within what wraps all of it: by torch.compile, or as DistributedDataParallel does.
 
-    That one has a single part, `module`, and no tensor of its own.
+    That one has all of its tensors in one part, `module`.
     """
     while True:
-        parts = dict(module.named_children())
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if len(parts) != 1 or tensors or not {"_orig_mod", "module"} & parts.keys():
+        parts = {name: part for name, part in module.named_children() if _has_tensors(part)}
+        if len(parts) != 1 or not {"_orig_mod", "module"} & parts.keys():
+            return module
+        if _has_tensors(module, recurse=False):
             return module
         (module,) = parts.values()
+
+
+def _has_tensors(module: torch.nn.Module, *, recurse: bool = True) -> bool:
+    tensors = itertools.chain(module.parameters(recurse), module.buffers(recurse))
+    return next(tensors, None) is not None
 
 
 def tensors_of(module: torch.nn.Module, *, keep_vars: bool = False) -> dict[str, torch.Tensor]:
