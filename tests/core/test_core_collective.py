@@ -26,7 +26,7 @@ from checkpoint_engine.manifest import Chunk
 from checkpoint_engine.plan.buckets import Bucket
 from checkpoint_engine.timeline import Timeline
 from checkpoint_engine.transport import collective as collective_module
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.collective import MOST_UNDER_WAY, Collective
 from checkpoint_engine.transport.keystore import LocalKeyStore
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update import staging
@@ -453,13 +453,25 @@ def test_a_broadcast_of_a_device_is_late_before_torch_says_that_it_has_ended_wel
 
 def test_the_deadline_of_a_devices_broadcast_begins_with_it(device: Collective) -> None:
     """As torch's does, which does not wait either for what was begun before."""
-    landed = device.begin(MEMORY, root=0, timeout_seconds=1.0)
-    time.sleep(1.2)
+    landed = device.begin(MEMORY, root=0, timeout_seconds=0.5)
+    time.sleep(MOST_UNDER_WAY * 0.5 + 0.1)
     begun = device.begin(MEMORY, root=0, timeout_seconds=TIMEOUT_SECONDS)
-    torchs = threading.Timer(0.5, device.abandon)
+    torchs = threading.Timer(0.2, device.abandon)
     torchs.start()
-    with pytest.raises(TransferError, match="it did not end in 1 s"):
+    with pytest.raises(TransferError, match="it did not end in 0 s"):
         landed()
     with pytest.raises(TransferError, match="abandoned"):
         begun()
     torchs.join()
+
+
+def test_each_broadcast_of_a_device_has_its_time(
+    device: Collective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow receiver lets the sender begin one after the other, each in time."""
+    several = [device.begin(MEMORY, root=0, timeout_seconds=1.0) for _ in range(MOST_UNDER_WAY)]
+    monkeypatch.setattr(_Device, "wait", lambda _: None)
+    for landed in several:
+        over = time.monotonic() + 0.6
+        monkeypatch.setattr(_Device, "is_completed", lambda _, over=over: time.monotonic() > over)
+        landed()

@@ -20,13 +20,15 @@ import torch
 
 from checkpoint_engine.errors import StoreError, UsageError
 from checkpoint_engine.streaming.messages import Hello
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.collective import MOST_UNDER_WAY, Collective
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.transport.sockets import own_host
 
 __all__ = ["NUM_SLOTS", "Carrier", "CollectiveCarrier", "Landed", "RingCarrier", "Slots"]
 
-NUM_SLOTS = 4  # one is filled, two move, for the link idles from one's end on, and one is used
+NUM_SLOTS = (
+    MOST_UNDER_WAY  # one is filled, two move, for the link idles from one's end on, and one is used
+)
 
 Landed = Callable[[], None]  # waits until bytes have moved; raises TransferError if they do not
 

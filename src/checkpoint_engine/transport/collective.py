@@ -43,6 +43,7 @@ MAKE_GRACE_SECONDS = 5.0  # in which gloo says itself what it waits for
 AT_ONCE = timedelta(milliseconds=1)
 GRACE_SECONDS = 5.0  # in which gloo says itself that a broadcast takes too long
 DEVICE_GRACE = timedelta(seconds=10)  # in which we do: torch would say that it has ended well
+MOST_UNDER_WAY = 4  # that anybody begins before the first has landed
 LONGEST_CONNECT = timedelta(seconds=30)
 NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # abort the communicator; 3, the default, the process
@@ -175,10 +176,12 @@ class Collective:
                 self._end(group, [begun])  # which has not heard of it
         ended = partial(begun.ends, LOOK) if memory.is_cpu else partial(_ends_queued, begun)
         # Of a device torch counts from now, too, and does not wait for those before it.
-        latest = math.inf if memory.is_cpu else time.monotonic() + timeout_seconds
+        longest_seconds = MOST_UNDER_WAY * timeout_seconds
+        latest = math.inf if memory.is_cpu else time.monotonic() + longest_seconds
+        grace_seconds = GRACE_SECONDS if memory.is_cpu else 0.0
 
         def landed() -> None:
-            deadline = min(latest, time.monotonic() + timeout_seconds + GRACE_SECONDS)
+            deadline = min(latest, time.monotonic() + timeout_seconds + grace_seconds)
             with _failing(root):
                 while not ended():
                     if self._group is not group:
@@ -280,7 +283,7 @@ def _meet_connected(store: GroupStore, size: int) -> None:
 def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
     kind = import_module("torch.distributed").ProcessGroupNCCL
     options = kind.Options()
-    options._timeout = timeout + DEVICE_GRACE  # which is that of broadcasts
+    options._timeout = MOST_UNDER_WAY * timeout + DEVICE_GRACE  # which is that of broadcasts
     with _environment(NCCL_ENVIRONMENT):
         return kind(store, index, size, options)
 
@@ -288,7 +291,7 @@ def _nccl(store: GroupStore, index: int, size: int, timeout: timedelta, address:
 def _hccl(store: GroupStore, index: int, size: int, timeout: timedelta, address: str) -> Any:
     kind = import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
     options = kind.Options()
-    options._timeout = timeout + DEVICE_GRACE  # which is that of broadcasts
+    options._timeout = MOST_UNDER_WAY * timeout + DEVICE_GRACE  # which is that of broadcasts
     return kind(store, index, size, options)
 
 
