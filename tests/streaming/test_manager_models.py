@@ -118,6 +118,10 @@ def test_what_is_no_weight_stays_where_it_is(manage: Manage, extra: Any) -> None
     assert sampler.model.extra is None
 
 
+def fail(*_: Any) -> None:
+    raise VerificationError("a bit has flipped")
+
+
 def test_a_torn_sampler_that_comes_back_serves_on(
     manage: Manage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,9 +130,6 @@ def test_a_torn_sampler_that_comes_back_serves_on(
     manager = manage(trainer, sampler)
     manager.sync_weights(label="one")
     served = as_text(sampler.model.state_dict())
-
-    def fail(*_: Any) -> None:
-        raise VerificationError("a bit has flipped")
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersAdapter, "check", fail)
@@ -155,9 +156,6 @@ def test_a_torn_sampler_that_is_not_written_to_stays_torn(
     trainer, sampler = Trainer(llama(1)), Sampler(llama(2))
     manager = manage(trainer, sampler)
     manager.sync_weights(label="one")
-
-    def fail(*_: Any) -> None:
-        raise VerificationError("a bit has flipped")
 
     def tear(*_: Any) -> None:
         raise error("told to")

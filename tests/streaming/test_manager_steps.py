@@ -17,7 +17,7 @@ from checkpoint_engine import CheckpointEngineManager, UpdateFailed
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineExceeded
 from checkpoint_engine.streaming import trainer as trainer_side
 from checkpoint_engine.streaming.orders import Ending
-from checkpoint_engine.streaming.steps import Step, Steps
+from checkpoint_engine.streaming.steps import Step, Steps, Wanted
 from checkpoint_engine.streaming.threads import UnderWay
 from checkpoint_engine.streaming.trainer import FollowingSide
 from checkpoint_engine.transport.keystore import LocalKeyStore
@@ -153,7 +153,7 @@ def test_nobody_leaves_a_step_that_the_first_process_has_begun(
     saying = threading.Thread(target=say)
     saying.start()
     with pytest.raises(UpdateFailed, match="it ended without a report"):
-        following.sync(torch.nn.Linear(1, 1), True, None, "one", 1)
+        following.sync(torch.nn.Linear(1, 1), Wanted(True, None, "one", 1))
     saying.join()
     assert made == ["weights"]
 
@@ -174,7 +174,7 @@ def test_who_is_late_for_a_call_that_has_not_begun_keeps_it_from_beginning(
     store = LocalKeyStore()
     following = FollowingSide(Rendezvous(store, 0, 1), timeout_seconds=60)
     with pytest.raises(DeadlineExceeded, match="does not say what to send"):
-        following.sync(torch.nn.Linear(1, 1), True, None, "one", 1)
+        following.sync(torch.nn.Linear(1, 1), Wanted(True, None, "one", 1))
     assert not Steps(Rendezvous(store, 0, 1), number=1).claim()
 
 

@@ -34,6 +34,7 @@ from checkpoint_engine.errors import (
     UsageError,
 )
 from checkpoint_engine.streaming.base import CheckpointEngine
+from checkpoint_engine.streaming.steps import Wanted
 from checkpoint_engine.update.protocol import Report
 
 __all__ = ["CheckpointEngineManager"]
@@ -131,9 +132,9 @@ class CheckpointEngineManager:
         self._meet(deadline)
         calls: list[_Call] = []
         try:
-            arguments = (merge_and_sync, adapter_name, label, number)
+            wanted = Wanted(merge_and_sync, adapter_name, label, number)
             for trainer in self._trainers:
-                _begin(calls, trainer, "send_weights", *arguments)
+                _begin(calls, trainer, "send_weights", wanted)
             for sampler in self._samplers:
                 _begin(calls, sampler, "receive_weights")
             self._wait(calls, deadline)

@@ -26,6 +26,7 @@ from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.names import new_engine
 from checkpoint_engine.streaming.sampler import SamplerSide
 from checkpoint_engine.streaming.seats import Seats
+from checkpoint_engine.streaming.steps import Wanted
 from checkpoint_engine.streaming.trainer import FollowingSide, TrainerSide
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import Report
@@ -137,17 +138,12 @@ class CheckpointEngineMixin:
             self._checkpoint_side = SamplerSide(engine, self._checkpoint_seats)
         self._checkpoint_place = place
 
-    def send_weights(
-        self, merge_and_sync: bool, adapter_name: str | None, label: str, number: int
-    ) -> Report:
-        """A trainer's part in a sync: see `CheckpointEngineManager.sync_weights`.
-
-        `number` is the call's, the same in every process of the trainer.
-        """
+    def send_weights(self, wanted: Wanted) -> Report:
+        """A trainer's part in a sync: see `CheckpointEngineManager.sync_weights`."""
         side = self._checkpoint_side
         if not isinstance(side, (TrainerSide, FollowingSide)):
             raise UsageError("init_checkpoint_process_group comes first, with rank 0 or -1")
-        return side.sync(self.model, merge_and_sync, adapter_name, label, number)
+        return side.sync(self.model, wanted)
 
     def receive_weights(self) -> Report:
         """A sampler's part in a sync: see `CheckpointEngineManager.sync_weights`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import torch
@@ -28,9 +28,25 @@ from checkpoint_engine.streaming.orders import PATIENCE, Ending
 from checkpoint_engine.transport.rendezvous import Rendezvous
 from checkpoint_engine.update.protocol import decode
 
-__all__ = ["Step", "Steps", "Weights", "beside", "made", "what_to_send"]
+__all__ = ["Step", "Steps", "Wanted", "Weights", "beside", "made", "what_to_send"]
 
 Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class Wanted(NamedTuple):
+    """What `CheckpointEngineManager.sync_weights` was asked for, in every process alike.
+
+    Attributes:
+        merge_and_sync: as there.
+        adapter_name: as there.
+        label: as there.
+        number: of the call.
+    """
+
+    merge_and_sync: bool
+    adapter_name: str | None
+    label: str
+    number: int
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,17 +115,15 @@ def beside(keys: Rendezvous, number: int) -> Iterator[Steps]:
         forked.give_back()
 
 
-def what_to_send(
-    model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None
-) -> tuple[str, str]:
+def what_to_send(model: torch.nn.Module, wanted: Wanted) -> tuple[str, str]:
     """The kind of an `Order`, and the adapter's name; "" for those that are active.
 
     Raises:
         UsageError: the model has no such adapter, or none at all.
     """
-    found: Any = inner_model(model)
+    adapter_name, found = wanted.adapter_name, cast(Any, inner_model(model))
     if not hasattr(found, "peft_config"):
-        if merge_and_sync and adapter_name is None:
+        if wanted.merge_and_sync and adapter_name is None:
             return "weights", ""
         raise UsageError(
             f"a {type(found).__name__} has no adapters: wrap it with peft, or sync with "
@@ -118,7 +132,7 @@ def what_to_send(
     names = list(found.peft_config)
     if adapter_name is not None and adapter_name not in names:
         raise UsageError(f"there is no adapter {adapter_name!r}; the model has {names}")
-    if merge_and_sync:
+    if wanted.merge_and_sync:
         return "merged", adapter_name or ""
     active = list(found.active_adapters)
     if adapter_name is None and len(active) != 1:

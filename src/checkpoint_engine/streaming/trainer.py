@@ -5,8 +5,7 @@ first sends them and conducts the transaction. The others read from its keys wha
 that depends on what samplers serve: an adapter's base is sent before it to those who lack it.
 
     side = TrainerSide(engine)
-    report = side.sync(model, merge_and_sync=False, adapter_name="default", label="step-120",
-                       number=1)
+    report = side.sync(model, Wanted(False, "default", label="step-120", number=1))
 """
 
 from __future__ import annotations
@@ -36,7 +35,15 @@ from checkpoint_engine.sources.training import own_rank
 from checkpoint_engine.streaming.base import StreamReport
 from checkpoint_engine.streaming.engine import StreamingEngine
 from checkpoint_engine.streaming.orders import PATIENCE, Ending, Order, raise_failed
-from checkpoint_engine.streaming.steps import Step, Steps, Weights, beside, made, what_to_send
+from checkpoint_engine.streaming.steps import (
+    Step,
+    Steps,
+    Wanted,
+    Weights,
+    beside,
+    made,
+    what_to_send,
+)
 from checkpoint_engine.streaming.threads import UnderWay, alone, blocking
 from checkpoint_engine.streaming.transaction import conduct
 from checkpoint_engine.transport.rendezvous import Rendezvous
@@ -66,22 +73,8 @@ class TrainerSide:
         self._cancelled: CheckpointEngineError | None = None
         self._turn = threading.Lock()
 
-    def sync(
-        self,
-        model: torch.nn.Module,
-        merge_and_sync: bool,
-        adapter_name: str | None,
-        label: str,
-        number: int,
-    ) -> Report:
+    def sync(self, model: torch.nn.Module, wanted: Wanted) -> Report:
         """Send what there is to be sent; returns when all samplers serve it.
-
-        Args:
-            model: the trainer's.
-            merge_and_sync: as `CheckpointEngineManager.sync_weights`.
-            adapter_name: as there.
-            label: as there.
-            number: of the call, the same in every process of the trainer.
 
         Raises:
             UsageError: the model has no such adapter.
@@ -89,26 +82,19 @@ class TrainerSide:
         """
         try:
             with alone(self._turn):
-                return self._sync(model, merge_and_sync, adapter_name, label, number)
+                return self._sync(model, wanted)
         except UnderWay as error:
-            with beside(self._keys, number) as steps:
+            with beside(self._keys, wanted.number) as steps:
                 steps.fail(error)
             raise
 
-    def _sync(
-        self,
-        model: torch.nn.Module,
-        merge_and_sync: bool,
-        adapter_name: str | None,
-        label: str,
-        number: int,
-    ) -> Report:
+    def _sync(self, model: torch.nn.Module, wanted: Wanted) -> Report:
         self._cancelled = None
-        steps = Steps(self._keys, number)
+        steps = Steps(self._keys, wanted.number)
         self._remember(steps.keys)
         try:
-            kind, adapter = self._what_to_send(model, merge_and_sync, adapter_name)
-            ending = self._send(model, kind, adapter, label, steps)
+            kind, adapter = self._what_to_send(model, wanted)
+            ending = self._send(model, kind, adapter, wanted.label, steps)
         except BaseException as error:  # the others must not wait, whatever it is
             steps.fail(error)
             raise
@@ -124,11 +110,9 @@ class TrainerSide:
         """Leave."""
         self._keys.give_back()
 
-    def _what_to_send(
-        self, model: torch.nn.Module, merge_and_sync: bool, adapter_name: str | None
-    ) -> tuple[str, str]:
+    def _what_to_send(self, model: torch.nn.Module, wanted: Wanted) -> tuple[str, str]:
         try:
-            return what_to_send(model, merge_and_sync, adapter_name)
+            return what_to_send(model, wanted)
         except UsageError as error:
             with contextlib.suppress(UpdateFailed):  # tells the samplers, which wait for tensors
                 self._stream(_Weights(_failing(error)), "")
@@ -284,25 +268,18 @@ class FollowingSide:
         self._cancelled: CheckpointEngineError | None = None
         self._turn = threading.Lock()
 
-    def sync(
-        self,
-        model: torch.nn.Module,
-        merge_and_sync: bool,
-        adapter_name: str | None,
-        label: str,
-        number: int,
-    ) -> Report:
+    def sync(self, model: torch.nn.Module, wanted: Wanted) -> Report:
         """As `TrainerSide.sync`, in step with it."""
         try:
             with alone(self._turn):
                 self._cancelled = None
-                what_to_send(model, merge_and_sync, adapter_name)
-                steps = Steps(self._keys, number)
+                what_to_send(model, wanted)
+                steps = Steps(self._keys, wanted.number)
                 while (ending := (step := self._next(steps)).ending) is None:
                     for _ in made(model, step, self._timeout_seconds):
                         pass
         except UnderWay:
-            with beside(self._keys, number) as steps:
+            with beside(self._keys, wanted.number) as steps:
                 steps.leave()  # nobody is to gather with this process, which does not
             raise
         return raise_failed(ending)
